@@ -1,0 +1,149 @@
+"""The engine-core process: one loop between the frontends and the worker.
+
+    python -m core.engine CONFIG_FILE
+
+It keeps the worker supplied with up to two steps, so that the GPU has the next step before the last one's tokens are
+back, and blocks when there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+
+import zmq
+
+from core.frontends import Frontends
+from core.scheduler import Scheduler, SchedulerConfig
+from protocol.config import EngineConfig
+from protocol.errors import EngineError
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    EngineInfo,
+    Malformed,
+    Shutdown,
+    StepResult,
+    WorkerFailed,
+    WorkerReady,
+    WorkerToCore,
+)
+from protocol.process import ChildProcess, run_child
+from protocol.transport import Channel, open_socket
+
+logger = logging.getLogger(__name__)
+
+# Steps sent and not yet answered. Two hide the host's work behind the GPU's; more would only delay new requests.
+PIPELINE_DEPTH = 2
+
+
+class EngineCore:
+    """Owns the two sockets and drives the scheduler."""
+
+    def __init__(self, child: ChildProcess) -> None:
+        config = child.config
+        self._stop_reader, stop_writer = os.pipe()
+        signal.signal(signal.SIGTERM, lambda *_: os.write(stop_writer, b"x"))
+        self._depth = PIPELINE_DEPTH if config.options.async_scheduling else 1
+        self._worker = Channel(open_socket(child.context, zmq.PAIR, bind=config.worker_address), WorkerToCore)
+        self._frontend_socket = open_socket(child.context, zmq.ROUTER, bind=config.core_address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._stop_reader, zmq.POLLIN)
+        self._poller.register(self._worker.socket, zmq.POLLIN)
+        self._config = config
+
+    def run(self, child: ChildProcess) -> None:
+        """Waits for the worker, then serves until SIGTERM.
+
+        Raises:
+            EngineError: the worker could not start or cannot go on.
+        """
+        ready = self._wait_for_worker()
+        if ready is not None:
+            self._scheduler = Scheduler(scheduler_config(self._config, ready), ready.epoch)
+            self._frontends = Frontends(self._frontend_socket, self._scheduler, engine_info(self._config, ready))
+            self._poller.register(self._frontend_socket, zmq.POLLIN)
+            child.ready(num_blocks=ready.num_blocks - 1, max_model_len=ready.max_model_len)
+            while not self._stopping(self._poller.poll()):
+                self._turn()
+        self._worker.send(Shutdown())
+        self._worker.close()
+        self._frontend_socket.close()
+
+    def _stopping(self, events: list) -> bool:
+        return any(source == self._stop_reader for source, _ in events)
+
+    def _wait_for_worker(self) -> WorkerReady | None:
+        """The worker's first message, or None if the engine is stopped before it comes."""
+        while not self._stopping(self._poller.poll()):
+            received = self._worker.receive()
+            if received is None:
+                continue
+            message = received[1]
+            self._raise_if_failed(message)
+            if isinstance(message, WorkerReady):
+                if message.protocol_version != PROTOCOL_VERSION:
+                    raise EngineError(
+                        f"worker speaks protocol version {message.protocol_version}, this core {PROTOCOL_VERSION}"
+                    )
+                return message
+        return None
+
+    def _turn(self) -> None:
+        """Takes what has arrived, then sends what can be sent: steps first, since the GPU waits for them."""
+        self._frontends.receive_all()
+        effects = []
+        while (received := self._worker.receive()) is not None:
+            message = received[1]
+            self._raise_if_failed(message)
+            if isinstance(message, StepResult) and message.epoch == self._scheduler.epoch:
+                effects.append(self._scheduler.apply(message))
+                self._send_steps()
+        self._send_steps()
+        for effect in effects:
+            self._frontends.send_effects(effect)
+
+    def _send_steps(self) -> None:
+        while self._scheduler.num_in_flight < self._depth:
+            step = self._scheduler.schedule()
+            if step is None:
+                return
+            if not self._worker.send(step):
+                raise EngineError("the worker no longer takes steps")
+
+    def _raise_if_failed(self, message: object) -> None:
+        if isinstance(message, WorkerFailed):
+            raise EngineError(message.message)
+        if isinstance(message, Malformed):
+            raise EngineError(f"the worker sent a malformed message: {message.reason}")
+
+
+def scheduler_config(config: EngineConfig, ready: WorkerReady) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=config.options.max_num_seqs,
+        max_num_batched_tokens=config.options.max_num_batched_tokens,
+        max_model_len=ready.max_model_len,
+        block_size=ready.block_size,
+        num_blocks=ready.num_blocks,
+        enable_prefix_caching=config.options.enable_prefix_caching,
+        eos_token_ids=config.model_config.eos_token_ids,
+    )
+
+
+def engine_info(config: EngineConfig, ready: WorkerReady) -> EngineInfo:
+    return EngineInfo(
+        model=config.model_name,
+        max_model_len=ready.max_model_len,
+        vocab_size=config.model_config.vocab_size,
+        block_size=ready.block_size,
+        num_blocks=ready.num_blocks - 1,
+        has_tokenizer=not config.options.skip_tokenizer_init,
+    )
+
+
+def main(child: ChildProcess) -> None:
+    EngineCore(child).run(child)
+
+
+if __name__ == "__main__":
+    run_child("core", main)

@@ -1,0 +1,84 @@
+"""The core's end of the connection to frontends: handshake, requests in, a step's outputs out."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import zmq
+
+from core.results import StepEffects
+from core.scheduler import Scheduler
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    AbortRequests,
+    AddRequest,
+    CoreHello,
+    CoreReady,
+    EngineInfo,
+    Failed,
+    FrontendToCore,
+    GetStats,
+    Malformed,
+    Refused,
+    unpack_ints,
+)
+from protocol.transport import Channel
+
+logger = logging.getLogger(__name__)
+
+
+class Frontends:
+    """Serves every frontend on one ROUTER socket. A frontend is numbered when it says hello."""
+
+    def __init__(self, socket: zmq.Socket, scheduler: Scheduler, engine: EngineInfo) -> None:
+        self._channel = Channel(socket, FrontendToCore)
+        self._scheduler = scheduler
+        self._engine = engine
+        self._index_of: dict[bytes, int] = {}
+        self._identities: list[bytes] = []
+
+    def receive_all(self) -> None:
+        """Handles every message that has arrived."""
+        while (received := self._channel.receive()) is not None:
+            self._handle(*received)
+
+    def _handle(self, identity: bytes, message: object) -> None:
+        if isinstance(message, CoreHello):
+            self._welcome(identity, message)
+        elif isinstance(message, Malformed):
+            logger.warning("malformed message from a frontend dropped: %s", message.reason)
+            self._channel.send(Refused(f"malformed message: {message.reason}"), identity)
+        elif identity not in self._index_of:
+            self._channel.send(Refused("say CoreHello first"), identity)
+        elif isinstance(message, AddRequest):
+            self._add(identity, message)
+        elif isinstance(message, AbortRequests):
+            self._scheduler.abort(self._index_of[identity], unpack_ints(message.request_ids, "<i8").tolist())
+        elif isinstance(message, GetStats):
+            self._send(identity, self._scheduler.stats(message.query_id))
+
+    def _welcome(self, identity: bytes, message: CoreHello) -> None:
+        if message.protocol_version != PROTOCOL_VERSION:
+            reason = f"protocol version {message.protocol_version} is not the engine core's {PROTOCOL_VERSION}"
+            self._channel.send(Refused(reason), identity)
+            return
+        if identity not in self._index_of:
+            self._index_of[identity] = len(self._identities)
+            self._identities.append(identity)
+        self._send(identity, CoreReady(PROTOCOL_VERSION, self._scheduler.epoch, self._engine))
+
+    def _add(self, identity: bytes, message: AddRequest) -> None:
+        try:
+            self._scheduler.add(self._index_of[identity], message)
+        except ValueError as error:
+            self._send(identity, Failed(message.request_id, "invalid_request", str(error)))
+
+    def send_effects(self, effects: StepEffects) -> None:
+        for index, message in effects.messages(self._scheduler.epoch):
+            self._send(self._identities[index], message)
+
+    def _send(self, identity: bytes, message: msgspec.Struct) -> None:
+        if not self._channel.send(message, identity):
+            logger.warning("a frontend is gone: its requests are aborted")
+            self._scheduler.abort_frontend(self._index_of[identity])

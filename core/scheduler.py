@@ -1,0 +1,418 @@
+"""Decides what each step computes: continuous batching with chunked prefill under a token budget.
+
+Read `schedule` first: decodes go first, then running prefills, then admissions. `apply` takes a step's tokens back.
+The scheduler owns requests, slots, blocks and the prefix cache; it knows nothing of sockets, text or tensors. It may be
+asked for step N+1 before step N's tokens are applied: lengths are known in advance, tokens are not needed.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from core.block_pool import BlockPool
+from core.prefix_cache import PrefixCache, extend_digests
+from core.request import Phase, Request
+from core.results import StepEffects
+from core.slots import SlotTable
+from protocol.messages import AddRequest, AdmittedSlot, FinishReason, Stats, Step, StepResult, pack_ints, unpack_ints
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    enable_prefix_caching: bool
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    """Whose tokens a step will bring back: its sampling rows, in order, and the slots' generations when it was sent."""
+
+    step_id: int
+    slots: np.ndarray
+    generations: np.ndarray
+    detached: dict[int, Request] = field(default_factory=dict)  # rows of requests preempted since
+
+
+@dataclass(slots=True)
+class PrefillChunks:
+    slots: list[int] = field(default_factory=list)
+    lens: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+
+
+class Scheduler:
+    """The policy. One total order, (priority, arrival), decides who goes first and who is preempted last."""
+
+    def __init__(self, config: SchedulerConfig, epoch: int = 0) -> None:
+        self.config = config
+        self.epoch = epoch
+        self.table = SlotTable(config.max_num_seqs, config.max_model_len, config.block_size)
+        self.cache = PrefixCache()
+        self.pool = BlockPool(config.num_blocks, on_reuse=self.cache.forget)
+        self._requests: dict[tuple[int, int], Request] = {}
+        self._waiting: list[tuple[int, int, Request]] = []  # heap; may hold finished requests, skipped when met
+        self._running: list[Request] = []  # in a slot, in order
+        self._prefilling: list[Request] = []  # those of them with known tokens still to compute, in order
+        self._decode_slots: np.ndarray | None = None  # None when the set of decoding requests changed
+        self._sent_decode_slots: np.ndarray | None = None
+        self._released_slots: list[int] = []
+        self._in_flight: deque[StepInFlight] = deque()
+        self._num_arrivals = 0
+        self._num_steps = 0
+        self._counts = dict.fromkeys(
+            ("num_preemptions", "prompt_tokens", "computed_tokens", "generation_tokens", "finished", "aborted"), 0
+        )
+
+    # --- requests in and out --------------------------------------------------------------------------------------
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def add(self, frontend_index: int, message: AddRequest) -> None:
+        """Queues a request.
+
+        Raises:
+            ValueError: its prompt does not fit, or its id is in use.
+        """
+        request = Request(frontend_index, message, self._num_arrivals, self.config.max_model_len)
+        if not 1 <= request.num_prompt_tokens < self.config.max_model_len:
+            raise ValueError(
+                f"prompt must have 1 to {self.config.max_model_len - 1} tokens, got {request.num_prompt_tokens}"
+            )
+        if request.key in self._requests:
+            raise ValueError(f"request id {request.request_id} is already in use")
+        self._num_arrivals += 1
+        self._counts["prompt_tokens"] += request.num_prompt_tokens
+        self._requests[request.key] = request
+        heapq.heappush(self._waiting, (*request.order, request))
+
+    def abort(self, frontend_index: int, request_ids: Iterable[int]) -> None:
+        """Ends requests that nobody waits for any more. Ids that are unknown or finished are ignored."""
+        for request_id in request_ids:
+            request = self._requests.get((frontend_index, request_id))
+            if request is not None:
+                self._finish(request)
+                self._counts["aborted"] += 1
+
+    def abort_frontend(self, frontend_index: int) -> None:
+        self.abort(frontend_index, [request_id for index, request_id in self._requests if index == frontend_index])
+
+    def stats(self, query_id: int = 0) -> Stats:
+        return Stats(
+            query_id=query_id,
+            num_running=len(self._running),
+            num_waiting=len(self._requests) - len(self._running),
+            num_blocks=self.pool.num_usable,
+            num_free_blocks=self.pool.num_free,
+            prefix_cache_queries=self.cache.num_queries,
+            prefix_cache_hits=self.cache.num_hits,
+            num_preemptions=self._counts["num_preemptions"],
+            num_steps=self._num_steps,
+            prompt_tokens=self._counts["prompt_tokens"],
+            computed_tokens=self._counts["computed_tokens"],
+            generation_tokens=self._counts["generation_tokens"],
+            finished_requests=self._counts["finished"],
+            aborted_requests=self._counts["aborted"],
+        )
+
+    # --- a step out -----------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Step | None:
+        """The next step, or None if there is nothing to compute. What it returns must be sent."""
+        self._preempt_until_decodes_fit()
+        block_slots, block_positions, block_ids = self._extend_decodes()
+        decode_slots = self._take_decodes()
+        budget = self.config.max_num_batched_tokens - len(decode_slots)
+        chunks = PrefillChunks()
+        budget = self._continue_prefills(budget, chunks)
+        admitted = self._admit(budget, chunks)
+        if not len(decode_slots) and not chunks.slots:
+            return None
+        step = Step(
+            step_id=self._num_steps,
+            epoch=self.epoch,
+            released_slots=pack_ints(self._released_slots),
+            admitted=admitted,
+            new_block_slots=pack_ints(block_slots),
+            new_block_positions=pack_ints(block_positions),
+            new_block_ids=pack_ints(block_ids),
+            decode_slots=None if decode_slots is self._sent_decode_slots else pack_ints(decode_slots),
+            prefill_slots=pack_ints(chunks.slots),
+            prefill_lens=pack_ints(chunks.lens),
+            prefill_samples=bytes(chunks.samples),
+        )
+        rows = decode_slots
+        if any(chunks.samples):
+            sampling = [slot for slot, samples in zip(chunks.slots, chunks.samples, strict=True) if samples]
+            rows = np.concatenate([decode_slots, np.array(sampling, np.int64)])
+        self._in_flight.append(StepInFlight(step.step_id, rows, self.table.generation[rows]))
+        self._sent_decode_slots = decode_slots
+        self._released_slots = []
+        self._num_steps += 1
+        self._counts["computed_tokens"] += len(decode_slots) + sum(chunks.lens)
+        return step
+
+    def _decoding_slots(self) -> np.ndarray:
+        if self._decode_slots is None:
+            slots = [request.slot for request in self._running if request.phase is Phase.DECODING]
+            self._decode_slots = np.array(slots, np.int64)
+        return self._decode_slots
+
+    def _slots_without_room(self) -> np.ndarray:
+        """Decoding slots whose next token starts a new block."""
+        slots = self._decoding_slots()
+        return slots[self.table.num_computed[slots] >= self.table.capacity[slots]]
+
+    def _preempt_until_decodes_fit(self) -> None:
+        while len(self._slots_without_room()) > self.pool.num_free:
+            # A draining request computes nothing more: taking its blocks would only repeat what it has done.
+            self._preempt(next(r for r in reversed(self._running) if r.phase is not Phase.DRAINING))
+
+    def _extend_decodes(self) -> tuple[np.ndarray, list[int], list[int]]:
+        """Gives a block to each decoding slot that needs one: (slots, positions in their tables, block ids)."""
+        slots = self._slots_without_room()
+        blocks = self.pool.allocate(len(slots))
+        positions = []
+        for slot, block in zip(slots.tolist(), blocks, strict=True):
+            request = self.table.requests[slot]
+            assert request is not None
+            positions.append(len(request.block_ids))
+            request.block_ids.append(block)
+        self.table.capacity[slots] += self.config.block_size
+        return slots, positions, blocks
+
+    def _take_decodes(self) -> np.ndarray:
+        """Every decoding request computes one token."""
+        slots = self._decoding_slots()
+        if not len(slots):
+            return slots
+        table = self.table
+        table.num_computed[slots] += 1
+        for slot in slots[table.num_computed[slots] + 1 >= table.total_limit[slots]].tolist():
+            self._set_phase(table.requests[slot], Phase.DRAINING)
+        return slots
+
+    def _continue_prefills(self, budget: int, chunks: PrefillChunks) -> int:
+        """Requests whose prompt was cut off by an earlier step's budget."""
+        for request in self._prefilling.copy():
+            if budget == 0:
+                break
+            budget = self._prefill(request, budget, chunks)
+        return budget
+
+    def _admit(self, budget: int, chunks: PrefillChunks) -> list[AdmittedSlot]:
+        """Takes waiting requests in order, while there are slots, blocks and budget."""
+        admitted: list[AdmittedSlot] = []
+        # Each decoding request may need a block soon; taking the last ones now would mean preempting at once.
+        reserve = len(self._decoding_slots())
+        while budget > 0 and self._waiting and self.table.num_free:
+            request = self._waiting[0][2]
+            if request.phase is Phase.FINISHED:
+                heapq.heappop(self._waiting)
+                continue
+            if request.num_in_flight:
+                break  # preempted with tokens still to come back, one of which may end it
+            num_blocks = -(-len(request.token_ids) // self.config.block_size)
+            cached = self._find_cached_blocks(request)
+            num_revived = sum(map(self.pool.is_free, cached))
+            if num_blocks - len(cached) + num_revived + reserve > self.pool.num_free:
+                break
+            heapq.heappop(self._waiting)
+            self.pool.share(cached)
+            request.block_ids = cached + self.pool.allocate(num_blocks - len(cached))
+            admitted.append(self._start(request, len(cached)))
+            budget = self._prefill(request, budget, chunks)
+        return admitted
+
+    def _find_cached_blocks(self, request: Request) -> list[int]:
+        """Blocks that hold the beginning of the request's tokens; never the last token, whose logits are needed."""
+        if not self.config.enable_prefix_caching:
+            return []
+        block_size = self.config.block_size
+        most = (len(request.token_ids) - 1) // block_size
+        extend_digests(request.digests, request.root, request.token_ids, block_size, most)
+        return self.cache.find(request.digests[:most])
+
+    def _start(self, request: Request, num_cached_blocks: int) -> AdmittedSlot:
+        num_cached_tokens = num_cached_blocks * self.config.block_size
+        if not request.was_admitted:
+            request.was_admitted = True
+            request.num_cached_tokens = num_cached_tokens
+            if self.config.enable_prefix_caching:
+                self.cache.num_queries += request.num_prompt_tokens
+                self.cache.num_hits += num_cached_tokens
+        slot = self.table.assign(request, num_cached_tokens, num_cached_blocks)
+        insort(self._running, request, key=lambda r: r.order)
+        self._set_phase(request, Phase.PREFILLING)
+        params = request.params
+        return AdmittedSlot(
+            slot=slot,
+            token_ids=pack_ints(request.token_ids),
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_computed_tokens=num_cached_tokens,
+            block_ids=pack_ints(request.block_ids),
+            temperature=0.0 if params.is_greedy else params.temperature,
+            top_k=max(params.top_k, 0),
+            top_p=params.top_p,
+            seed=request.seed,
+        )
+
+    def _prefill(self, request: Request, budget: int, chunks: PrefillChunks) -> int:
+        """Adds the request's next chunk to the step; returns what is left of the budget."""
+        table, slot = self.table, request.slot
+        start, known = int(table.num_computed[slot]), int(table.num_known[slot])
+        length = min(budget, known - start)
+        samples = start + length == known
+        table.num_computed[slot] = start + length
+        chunks.slots.append(slot)
+        chunks.lens.append(length)
+        chunks.samples.append(samples)
+        self._register_blocks(slot)
+        if samples:
+            self._set_phase(request, Phase.DECODING if known + 1 < request.total_limit else Phase.DRAINING)
+        return budget - length
+
+    def _preempt(self, request: Request) -> None:
+        """Takes slot and blocks away; the request is recomputed later, mostly from the prefix cache.
+
+        Its tokens still in flight will be kept: until they are back it is not admitted again.
+        """
+        for step in self._in_flight:
+            mine = (step.slots == request.slot) & (step.generations == self.table.generation[request.slot])
+            for row in np.flatnonzero(mine).tolist():
+                step.detached[row] = request
+                request.num_in_flight += 1
+        self._leave_slot(request, Phase.WAITING)
+        heapq.heappush(self._waiting, (*request.order, request))
+        self._counts["num_preemptions"] += 1
+
+    # --- a step's tokens back -------------------------------------------------------------------------------------
+
+    def apply(self, result: StepResult) -> StepEffects:
+        """Takes the tokens of the oldest step in flight: extends requests, ends those that are done.
+
+        Rows whose request has left its slot are dropped (it ended in an earlier step), or, if it was preempted, kept.
+        """
+        step = self._in_flight.popleft()
+        assert step.step_id == result.step_id, f"result of step {result.step_id}, expected {step.step_id}"
+        tokens = unpack_ints(result.token_ids)
+        effects = StepEffects()
+        live = self.table.generation[step.slots] == step.generations
+        if live.all():
+            self._apply_rows(step.slots, tokens, effects)
+        else:
+            self._apply_rows(step.slots[live], tokens[live], effects)
+        for row, request in step.detached.items():
+            self._apply_detached(request, int(tokens[row]), effects)
+        return effects
+
+    def _apply_rows(self, slots: np.ndarray, tokens: np.ndarray, effects: StepEffects) -> None:
+        table = self.table
+        positions = table.num_known[slots]
+        table.token_ids[slots, positions] = tokens
+        table.num_known[slots] = positions + 1
+        self._counts["generation_tokens"] += len(slots)
+        failed = tokens < 0
+        ended = failed | (positions + 1 >= table.total_limit[slots])
+        ends_at_eos = table.ends_at_eos[slots]
+        for eos in self.config.eos_token_ids:
+            ended |= ends_at_eos & (tokens == eos)
+        # Stop token ids differ by request, so the few rows that have them are looked at one by one.
+        ended |= table.has_stop_ids[slots]
+        if self.config.enable_prefix_caching:
+            full = np.minimum(table.num_known[slots], table.num_computed[slots]) // self.config.block_size
+            for slot in slots[full > table.num_registered[slots]].tolist():
+                self._register_blocks(slot)
+        sound = ~failed
+        effects.add_rows(table.frontend[slots], table.request_id[slots], tokens, sound if failed.any() else None)
+        for row in np.flatnonzero(ended).tolist():
+            request = table.requests[slots[row]]
+            assert request is not None
+            self._end_if_done(request, int(tokens[row]), int(positions[row]) + 1, effects)
+
+    def _apply_detached(self, request: Request, token: int, effects: StepEffects) -> None:
+        request.num_in_flight -= 1
+        if request.phase is Phase.FINISHED:
+            return
+        if token >= 0:
+            request.append(token)
+            self._counts["generation_tokens"] += 1
+            effects.add_row(request.frontend_index, request.request_id, token)
+        self._end_if_done(request, token, len(request.token_ids), effects)
+
+    def _end_if_done(self, request: Request, token: int, num_tokens: int, effects: StepEffects) -> None:
+        reason: FinishReason | None = None
+        stop_reason: int | None = None
+        if token < 0:
+            for block in request.block_ids:
+                self.cache.forget(block)
+            effects.fail(request, "the model's output is not a number (NaN): the weights may be damaged")
+            self._finish(request)
+            self._counts["finished"] += 1
+            return
+        if token in request.params.stop_token_ids:
+            reason, stop_reason = "stop", token
+        elif token in self.config.eos_token_ids and not request.params.ignore_eos:
+            reason = "stop"
+        elif num_tokens >= request.total_limit:
+            reason = "length"
+        if reason is not None:
+            effects.finish(request, reason, stop_reason)
+            self._finish(request)
+            self._counts["finished"] += 1
+
+    # --- shared -----------------------------------------------------------------------------------------------------
+
+    def _register_blocks(self, slot: int) -> None:
+        """Makes the slot's blocks findable that are full of known tokens and computed by steps already sent.
+
+        The step being made counts as sent: a request later in the same step may share the blocks, since a step writes
+        all its keys and values, layer by layer, before it attends to them.
+        """
+        if not self.config.enable_prefix_caching:
+            return
+        table = self.table
+        request = table.requests[slot]
+        assert request is not None
+        full = int(min(table.num_known[slot], table.num_computed[slot])) // self.config.block_size
+        extend_digests(request.digests, request.root, table.token_ids[slot], self.config.block_size, full)
+        for index in range(int(table.num_registered[slot]), full):
+            self.cache.register(request.digests[index], request.block_ids[index])
+        table.num_registered[slot] = full
+
+    def _set_phase(self, request: Request | None, phase: Phase) -> None:
+        assert request is not None
+        if Phase.DECODING in (request.phase, phase):
+            self._decode_slots = None
+        if request.phase is Phase.PREFILLING:
+            self._prefilling.remove(request)
+        if phase is Phase.PREFILLING:
+            insort(self._prefilling, request, key=lambda r: r.order)
+        request.phase = phase
+
+    def _leave_slot(self, request: Request, phase: Phase) -> None:
+        self._set_phase(request, phase)
+        self._running.remove(request)
+        self._released_slots.append(request.slot)
+        self.table.release(request)
+        # Steps run in the order sent, so the next step may already give these blocks to someone else.
+        self.pool.release(request.block_ids)
+        request.block_ids = []
+
+    def _finish(self, request: Request) -> None:
+        del self._requests[request.key]
+        if request.slot >= 0:
+            self._leave_slot(request, Phase.FINISHED)
+        request.phase = Phase.FINISHED

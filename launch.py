@@ -1,0 +1,236 @@
+"""Starts the engine and keeps it: `python launch.py` serves the bundled model, `--model` another one.
+
+Starts the three processes, shows their progress, prints how to reach them, supervises them, and stops them in order:
+frontend (running requests end), core, worker (the GPU is freed). Knows nothing of what they say to each other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import zmq
+from tqdm import tqdm
+
+from protocol.address import AddressLock, default_address, private_directory, socket_path
+from protocol.config import EngineConfig, EngineOptions, parse_arguments
+from protocol.errors import ConfigError
+from protocol.messages import Malformed, ProcessFailed, ProcessReady, Progress, ToLauncher
+from protocol.resolve import resolve
+from protocol.transport import Channel, open_socket
+
+# In the order in which they stop.
+PROCESSES = {"frontend": "frontend.server", "core": "core.engine", "worker": "worker.main"}
+# Set by a program that starts an engine of its own: the read end of a pipe that closes when that program is gone.
+LIFELINE_VARIABLE = "MINI_VLLM_LIFELINE_FD"
+_POLL_MS = 100
+# What a process may take to stop, beyond the time that running requests get.
+_STOP_SECONDS = 10.0
+
+
+class StartupDisplay:
+    """Progress bars on a terminal, one line a phase elsewhere."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm] = {}
+
+    def show(self, progress: Progress) -> None:
+        phase = progress.phase
+        if phase not in self._bars:
+            self._bars[phase] = tqdm(
+                total=progress.total, desc=f"loading {phase}", file=sys.stderr, disable=not sys.stderr.isatty()
+            )
+        bar = self._bars[phase]
+        bar.update(progress.done - bar.n)
+        if progress.done == progress.total:
+            bar.close()
+            if bar.disable:
+                print(f"loading {phase}: {progress.total} done", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+
+class Launcher:
+    """The three processes of one engine, from start to end."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._stop_requested = threading.Event()
+        self._context = zmq.Context()
+        self._reports = Channel(open_socket(self._context, zmq.PULL, bind=config.launcher_address), ToLauncher)
+        self._processes: dict[str, subprocess.Popen] = {}
+        self._lifeline_read, self._lifeline_write = os.pipe()
+        self._ready: dict[str, ProcessReady] = {}
+        self._display = StartupDisplay()
+        self._started = time.monotonic()
+
+    def stop(self) -> None:
+        """Asks `run` to stop the engine. Safe to call from a signal handler or another thread."""
+        self._stop_requested.set()
+
+    def run(self) -> int:
+        """Starts the processes and waits: until asked to stop (returns 0) or until one of them is gone (returns 1)."""
+        error = None
+        try:
+            self._start()
+            error = self._supervise()
+        finally:
+            self._display.close()
+            self._stop_all()
+            self._reports.close()
+            self._context.term()
+            os.close(self._lifeline_read)
+            os.close(self._lifeline_write)
+        if error is not None:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 0 if error is None else 1
+
+    def _start(self) -> None:
+        config_file = Path(self._config.run_directory) / "config.json"
+        self._config.save(config_file)
+        # OpenMP threads that spin while idle would take the CPU from the frontend and the core.
+        environment = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+        environment.pop(LIFELINE_VARIABLE, None)
+        root = str(Path(__file__).resolve().parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        # The worker has the most to import and to load.
+        for name in reversed(PROCESSES):
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, "-m", PROCESSES[name], str(config_file)],
+                stdin=self._lifeline_read,
+                env=environment,
+                # In a session of its own, so that Ctrl-C reaches the launcher alone, which stops the rest in order.
+                start_new_session=True,
+            )
+
+    def _supervise(self) -> str | None:
+        """Handles reports until the engine is to stop; returns the reason if that is an error."""
+        while not self._stop_requested.is_set():
+            received = self._reports.receive(_POLL_MS)
+            if received is not None:
+                error = self._handle(received[1])
+                if error is not None:
+                    return error
+                continue
+            for name, process in self._processes.items():
+                if process.poll() is not None:
+                    # Its last report may still be on its way.
+                    received = self._reports.receive(_POLL_MS)
+                    error = self._handle(received[1]) if received is not None else None
+                    return error or f"the {name} process ended unexpectedly ({_describe_exit(process.returncode)})"
+        return None
+
+    def _handle(self, report: object) -> str | None:
+        if isinstance(report, Progress):
+            self._display.show(report)
+        elif isinstance(report, ProcessFailed):
+            return report.message
+        elif isinstance(report, ProcessReady):
+            self._ready[report.process] = report
+            if len(self._ready) == len(PROCESSES):
+                self._announce()
+        elif isinstance(report, Malformed):
+            return f"a process sent a malformed report: {report.reason}"
+        return None
+
+    def _announce(self) -> None:
+        frontend, worker = self._ready["frontend"].details, self._ready["worker"].details
+        tokens = worker["kv_cache_tokens"]
+        lines = [
+            f"{self._config.model_name} on {worker['device']} ({self._config.dtype}, "
+            f"{self._config.attention_backend} attention, KV cache of {tokens:,} tokens), "
+            f"ready in {time.monotonic() - self._started:.1f} s",
+        ]
+        if "http" in frontend:
+            lines += [
+                f"HTTP    {frontend['http']}/v1",
+                f"IPC     {self._config.address}",
+                "",
+                "Try it:",
+                f"  curl {frontend['http']}/v1/chat/completions -H 'Content-Type: application/json' \\",
+                """    -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'""",
+            ]
+        else:
+            lines.append(f"IPC     {self._config.address}")
+        print("\n".join(lines), flush=True)
+
+    def _stop_all(self) -> None:
+        """Stops the processes in order, each by SIGTERM, and by SIGKILL if it does not heed that in time."""
+        for name, process in sorted(self._processes.items(), key=lambda item: list(PROCESSES).index(item[0])):
+            # The core tells the worker to stop, so that the GPU is freed after the last step.
+            if process.poll() is None and (name != "worker" or not self._core_said_goodbye()):
+                process.send_signal(signal.SIGTERM)
+            patience = _STOP_SECONDS + (self._config.options.shutdown_timeout if name == "frontend" else 0.0)
+            try:
+                process.wait(patience)
+            except subprocess.TimeoutExpired:
+                print(f"the {name} process does not stop; killing it", file=sys.stderr, flush=True)
+                process.kill()
+                process.wait()
+
+    def _core_said_goodbye(self) -> bool:
+        core = self._processes.get("core")
+        return core is not None and core.returncode == 0 and "worker" in self._ready
+
+
+def _describe_exit(code: int) -> str:
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+def launch(options: EngineOptions) -> int:
+    """Runs an engine until it is told to stop. Returns the exit code: 0 if it was told to, 1 if it failed.
+
+    Raises:
+        ConfigError: the options do not make an engine that can start here.
+    """
+    address = options.ipc or default_address()
+    directory = private_directory(socket_path(address).parent)
+    lock = AddressLock(address)
+    run_directory = Path(tempfile.mkdtemp(prefix="run-", dir=directory))
+    try:
+        launcher = Launcher(resolve(options, run_directory))
+        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signal_number, lambda *_: launcher.stop())
+        _watch_lifeline(launcher)
+        return launcher.run()
+    finally:
+        shutil.rmtree(run_directory, ignore_errors=True)
+        socket_path(address).unlink(missing_ok=True)
+        lock.release()
+
+
+def _watch_lifeline(launcher: Launcher) -> None:
+    descriptor = os.environ.get(LIFELINE_VARIABLE)
+    if descriptor is None:
+        return
+
+    def wait() -> None:
+        while os.read(int(descriptor), 1):
+            pass
+        launcher.stop()
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        return launch(parse_arguments(arguments))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the processes agree on: messages, sampling parameters, configuration, transport. Imports none of them."""

@@ -1,0 +1,208 @@
+"""The engine's options: one frozen struct, from which the launcher's flags and `LLM`'s keyword arguments are both made.
+
+Options carry vLLM's names where they mean the same. They are parsed once, by the launcher, written to the engine's
+private directory, and read by each process from there; nothing deeper reads flags or the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+from protocol.errors import ConfigError
+from protocol.model_config import ModelConfig
+
+PositiveInt = Annotated[int, Meta(ge=1)]
+
+
+def _option(default: Any, help: str) -> Any:
+    """A field whose help text is kept for the flag that is made from it."""
+    _HELP.append(help)
+    return default
+
+
+_HELP: list[str] = []
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a user can set when starting an engine. `launch.py --help` and the README list the same texts."""
+
+    model: str | None = _option(None, "model directory or hub id; default: the bundled tiny model")
+    served_model_name: str | None = _option(None, "model name in the API; default: the model's directory name or id")
+    host: str = _option("127.0.0.1", "address of the HTTP server")
+    port: Annotated[int, Meta(ge=0, le=65535)] = _option(8000, "port of the HTTP server; 0 takes a free one")
+    http: bool = _option(True, "serve HTTP beside IPC")
+    ipc: str | None = _option(None, "ZeroMQ endpoint for Python clients, ipc:///…/engine.sock; default: per user")
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "where the model runs; auto takes a GPU if there is one")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = _option(
+        "auto", "type of weights and activations; auto is the model's own on a GPU and float32 on a CPU"
+    )
+    load_format: Literal["auto", "dummy"] = _option("auto", "auto reads safetensors; dummy makes random weights")
+    skip_tokenizer_init: bool = _option(False, "serve without a tokenizer: token ids in and out")
+    max_model_len: PositiveInt | None = _option(
+        None, "longest sequence, prompt and answer; default: the model's, bounded by the cache"
+    )
+    max_num_seqs: PositiveInt = _option(256, "most sequences running at once")
+    max_num_batched_tokens: PositiveInt = _option(
+        8192, "token budget of a step; longer prompts are prefilled in chunks"
+    )
+    block_size: PositiveInt | None = _option(
+        None, "tokens in a KV-cache block, a power of two; default: 16, or 256 with flash_attn"
+    )
+    gpu_memory_utilization: Annotated[float, Meta(gt=0, le=1)] = _option(0.9, "share of GPU memory the engine may use")
+    kv_cache_memory: str = _option("1GiB", "size of the KV cache on a CPU, such as 512MiB or 4GiB")
+    num_gpu_blocks_override: PositiveInt | None = _option(None, "number of KV-cache blocks, instead of measuring")
+    enable_prefix_caching: bool = _option(True, "reuse the KV blocks of equal prompt beginnings")
+    async_scheduling: bool = _option(True, "keep two steps in flight")
+    attention_backend: Literal["auto", "torch", "triton", "flash_attn"] = _option(
+        "auto", "auto is triton on a GPU and torch on a CPU"
+    )
+    enforce_eager: bool = _option(False, "run without CUDA graphs")
+    num_threads: PositiveInt | None = _option(None, "threads of the worker on a CPU; default: the CPUs it may use")
+    shutdown_timeout: Annotated[float, Meta(ge=0)] = _option(
+        5.0, "seconds that running requests get to finish when the engine is stopped"
+    )
+
+
+_HELP_BY_FIELD = dict(zip(EngineOptions.__struct_fields__, _HELP, strict=True))
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the launcher made of the options: every choice taken, every path resolved. Each process reads it."""
+
+    options: EngineOptions
+    model_config: ModelConfig
+    model_path: str
+    model_name: str
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    attention_backend: Literal["torch", "triton", "flash_attn"]
+    block_size: int
+    max_model_len: int
+    address: str
+    run_directory: str
+
+    @property
+    def core_address(self) -> str:
+        return f"ipc://{self.run_directory}/core.sock"
+
+    @property
+    def worker_address(self) -> str:
+        return f"ipc://{self.run_directory}/worker.sock"
+
+    @property
+    def launcher_address(self) -> str:
+        return f"ipc://{self.run_directory}/launcher.sock"
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(msgspec.json.encode(self))
+
+    @staticmethod
+    def load(path: Path) -> EngineConfig:
+        return msgspec.json.decode(path.read_bytes(), type=EngineConfig)
+
+
+def make_options(values: Mapping[str, Any]) -> EngineOptions:
+    """Options from keyword arguments.
+
+    Raises:
+        ConfigError: an option does not exist or has a bad value; the error names it as a flag.
+    """
+    unknown = sorted(set(values) - set(EngineOptions.__struct_fields__))
+    if unknown:
+        raise ConfigError(f"unknown option {unknown[0]!r}; options: {', '.join(EngineOptions.__struct_fields__)}")
+    for name, value in values.items():
+        try:
+            msgspec.convert({name: value}, EngineOptions)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{_flag(name)}: {str(error).split(' - at')[0]} (got {value!r})") from error
+    options = msgspec.convert(dict(values), EngineOptions)
+    if options.max_num_batched_tokens < options.max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens ({options.max_num_batched_tokens}) must be at least --max-num-seqs "
+            f"({options.max_num_seqs}), since every running sequence computes a token in each step"
+        )
+    if options.block_size is not None and options.block_size & (options.block_size - 1):
+        raise ConfigError(f"--block-size must be a power of two, got {options.block_size}")
+    parse_size(options.kv_cache_memory)
+    return options
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> EngineOptions:
+    """Options from a command line. Exits with code 2 on an unknown flag, as argparse does.
+
+    Raises:
+        ConfigError: a flag has a bad value.
+    """
+    parser = argparse.ArgumentParser(
+        prog="launch.py",
+        description="Serves a Qwen3-family model over an OpenAI-compatible HTTP API and over IPC.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    hints = get_type_hints(EngineOptions)
+    defaults = EngineOptions()
+    for name, help_text in _HELP_BY_FIELD.items():
+        kind = _scalar_type(hints[name])
+        default = getattr(defaults, name)
+        shown = help_text if default is None or kind is bool else f"{help_text} (default: {default})"
+        if kind is bool:
+            shown = f"{help_text} (default: {'on' if default else 'off'})"
+            parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=shown)
+        elif get_origin(kind) is Literal:
+            parser.add_argument(_flag(name), choices=get_args(kind), help=shown)
+        else:
+            parser.add_argument(_flag(name), type=kind, help=shown, metavar=kind.__name__.upper())
+    return make_options(vars(parser.parse_args(arguments)))
+
+
+def option_flags(options: Mapping[str, Any]) -> list[str]:
+    """The command line that says the same as these keyword arguments."""
+    flags = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            flags.append(_flag(name) if value else _flag(name).replace("--", "--no-", 1))
+        elif value is not None:
+            flags += [_flag(name), str(value)]
+    return flags
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `512MiB`, `4GiB`, `2GB` or a plain number.
+
+    Raises:
+        ConfigError: the text is no size.
+    """
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ")
+    unit = text[len(number) :].strip().upper()
+    try:
+        size = int(float(number) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise ConfigError(f"--kv-cache-memory must be a size such as 512MiB or 4GiB, got {text!r}") from None
+    if size <= 0:
+        raise ConfigError(f"--kv-cache-memory must be positive, got {text!r}")
+    return size
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on, which a container or `taskset` may have made fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _scalar_type(hint: Any) -> Any:
+    """The one type that a flag's text is turned into, from an optional or annotated hint."""
+    arguments = [argument for argument in get_args(hint) if argument is not type(None)]
+    if get_origin(hint) is Literal or not arguments:
+        return hint
+    return _scalar_type(arguments[0])

@@ -1,0 +1,42 @@
+"""The errors a user can meet, with the field and the value that caused them.
+
+Knows nothing of HTTP or sockets: the frontend turns these into OpenAI error bodies, the Python client raises them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class EngineError(Exception):
+    """Base of every error that this engine raises on purpose."""
+
+
+class InvalidRequestError(EngineError, ValueError):
+    """A request or option that cannot be served as given.
+
+    Attributes:
+        param: name of the field at fault, or None if it is the request as a whole.
+        message: what is wrong and what would be right, naming the value.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @classmethod
+    def out_of_range(cls, param: str, value: Any, expected: str) -> InvalidRequestError:
+        return cls(f"{param} must be {expected}, got {value!r}", param)
+
+
+class ConfigError(EngineError, ValueError):
+    """A start-up option, model directory or address that cannot be used. The message says what to do next."""
+
+
+class EngineUnavailableError(EngineError, ConnectionError):
+    """No engine answers at the address, or the engine went away while a request was running."""
+
+
+class RequestFailedError(EngineError, RuntimeError):
+    """The engine accepted a request and could not finish it."""

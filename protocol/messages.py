@@ -1,0 +1,378 @@
+"""Every message that crosses a process boundary, grouped by the arrow it travels on.
+
+Messages are msgspec Structs, tagged by class name and encoded as msgpack arrays. Integer arrays travel as raw
+little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a copy: see `pack_ints` and `unpack_ints`.
+
+    Python client ⇄ frontend     Hello Generate Abort Heartbeat GetStats | Welcome Refused Started Outputs Failed Stats
+    frontend ⇄ core              CoreHello AddRequest AbortRequests GetStats | CoreReady StepOutputs Failed Stats
+    core ⇄ worker                Step Shutdown | WorkerReady StepResult WorkerFailed
+    any process → launcher       Progress ProcessReady ProcessFailed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+from msgspec import Meta, Struct
+
+from protocol.sampling import SamplingParams
+
+PROTOCOL_VERSION = 1
+
+Int32Array = bytes
+Int64Array = bytes
+FinishReason = Literal["stop", "length", "abort", "error"]
+Count = Annotated[int, Meta(ge=0)]
+
+
+def pack_ints(values: Sequence[int] | np.ndarray, dtype: str = "<i4") -> bytes:
+    """Raw little-endian bytes of a one-dimensional integer sequence."""
+    return np.ascontiguousarray(values, dtype=dtype).tobytes()
+
+
+def unpack_ints(data: bytes, dtype: str = "<i4") -> np.ndarray:
+    """Read-only view of `pack_ints` bytes, without a copy."""
+    return np.frombuffer(data, dtype=dtype)
+
+
+def _require_whole(message: Struct, names: Sequence[str], itemsize: int) -> None:
+    for name in names:
+        if len(getattr(message, name)) % itemsize:
+            raise ValueError(f"{name} must hold whole {itemsize * 8}-bit integers")
+
+
+def _require_same_count(message: Struct, *fields: tuple[str, int]) -> None:
+    counts = {name: len(getattr(message, name)) // itemsize for name, itemsize in fields}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"arrays differ in length: {counts}")
+
+
+class Message(Struct, array_like=True, tag=True, frozen=True):
+    """Base of cold messages."""
+
+
+class HotMessage(Message, frozen=True, gc=False):
+    """Base of messages sent every step: they hold no reference cycles, so the collector need not look at them."""
+
+
+class GetStats(Message, frozen=True):
+    """Client → frontend → core: asks for `Stats`, which come back with the same id."""
+
+    query_id: int
+
+
+class Stats(Message, frozen=True):
+    """Counters since start-up and gauges of now, from the core.
+
+    `num_free_blocks` counts cached blocks that nobody holds; `prefix_cache_queries` and `_hits` count tokens.
+    """
+
+    query_id: int = 0
+    num_running: Count = 0
+    num_waiting: Count = 0
+    num_blocks: Count = 0
+    num_free_blocks: Count = 0
+    prefix_cache_queries: Count = 0
+    prefix_cache_hits: Count = 0
+    num_preemptions: Count = 0
+    num_steps: Count = 0
+    prompt_tokens: Count = 0
+    computed_tokens: Count = 0
+    generation_tokens: Count = 0
+    finished_requests: Count = 0
+    aborted_requests: Count = 0
+
+
+class EngineInfo(Struct, array_like=True, frozen=True):
+    """What a peer must know of the engine before it sends a request."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    has_tokenizer: bool = True
+
+
+# --- Python client ⇄ frontend ---------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """First message of a client. `heartbeat_s` is how often it will send `Heartbeat` when it is otherwise silent."""
+
+    protocol_version: int
+    heartbeat_s: float = 5.0
+
+
+class Welcome(Message, frozen=True):
+    protocol_version: int
+    engine: EngineInfo
+
+
+class Refused(Message, frozen=True):
+    """Answer to a message that cannot be accepted: an unknown version, malformed bytes, an engine that is stopping."""
+
+    reason: str
+
+
+class TextPrompt(Message, frozen=True):
+    text: str
+
+
+class TokenPrompt(Message, frozen=True):
+    token_ids: Int32Array
+
+    def __post_init__(self) -> None:
+        _require_whole(self, ("token_ids",), 4)
+
+
+class ChatPrompt(Message, frozen=True):
+    """A conversation to be rendered with the model's chat template, which sees `template_options` by name."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    template_options: dict[str, Any] = {}
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+class Generate(Message, frozen=True):
+    """One request of a client. `request_id` is the client's own.
+
+    Without `stream`, tokens and text come back when the request ends, in one `Outputs`.
+    """
+
+    request_id: int
+    prompt: Prompt
+    params: SamplingParams
+    stream: bool = True
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+class Abort(Message, frozen=True):
+    request_ids: list[int]
+
+
+class Heartbeat(Message, frozen=True):
+    pass
+
+
+class Started(Message, frozen=True):
+    """The request was tokenized and handed to the core: its prompt's ids, for clients that sent text."""
+
+    request_id: int
+    prompt_token_ids: Int32Array
+
+
+class Finished(Struct, array_like=True, frozen=True):
+    """The end of one request. `stop_reason` is the stop string or stop token id that ended it, if one did."""
+
+    request_id: int
+    reason: FinishReason
+    stop_reason: str | int | None = None
+    num_cached_tokens: int = 0
+
+
+class Outputs(HotMessage, frozen=True):
+    """A step's share of one client: token `i` belongs to request `request_ids[i]`, in order of generation.
+
+    `texts` holds the text that became final for requests that want text; `finished` the requests that ended.
+    """
+
+    request_ids: Int64Array
+    token_ids: Int32Array
+    texts: list[tuple[int, str]] = []
+    finished: list[Finished] = []
+
+    def __post_init__(self) -> None:
+        _require_whole(self, ("request_ids",), 8)
+        _require_whole(self, ("token_ids",), 4)
+        _require_same_count(self, ("request_ids", 8), ("token_ids", 4))
+
+
+ErrorKind = Literal["invalid_request", "unavailable", "failed"]
+
+
+class Failed(Message, frozen=True):
+    """Core → frontend → client: the request was refused or could not be finished. `param` names the field at fault."""
+
+    request_id: int
+    kind: ErrorKind
+    message: str
+    param: str | None = None
+
+
+ClientMessage = Hello | Generate | Abort | Heartbeat | GetStats
+FrontendMessage = Welcome | Refused | Started | Outputs | Failed | Stats
+
+# --- frontend ⇄ core ------------------------------------------------------------------------------------------------
+
+
+class CoreHello(Message, frozen=True):
+    protocol_version: int
+
+
+class CoreReady(Message, frozen=True):
+    protocol_version: int
+    epoch: int
+    engine: EngineInfo
+
+
+class AddRequest(Message, frozen=True):
+    """A checked and tokenized request. `request_id` is unique within the frontend that sends it."""
+
+    request_id: int
+    prompt_token_ids: Int32Array
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_whole(self, ("prompt_token_ids",), 4)
+
+
+class AbortRequests(Message, frozen=True):
+    request_ids: Int64Array
+
+    def __post_init__(self) -> None:
+        _require_whole(self, ("request_ids",), 8)
+
+
+class StepOutputs(HotMessage, frozen=True):
+    """All that one step produced for one frontend: one row a sampled token, and the requests that ended."""
+
+    epoch: int
+    request_ids: Int64Array
+    token_ids: Int32Array
+    finished: list[Finished] = []
+
+    def __post_init__(self) -> None:
+        _require_whole(self, ("request_ids",), 8)
+        _require_whole(self, ("token_ids",), 4)
+        _require_same_count(self, ("request_ids", 8), ("token_ids", 4))
+
+
+FrontendToCore = CoreHello | AddRequest | AbortRequests | GetStats
+CoreToFrontend = CoreReady | StepOutputs | Failed | Refused | Stats
+
+# --- core ⇄ worker --------------------------------------------------------------------------------------------------
+
+
+class AdmittedSlot(Struct, array_like=True, frozen=True, gc=False):
+    """A request that takes a slot: everything the worker keeps for it.
+
+    `token_ids` are all known tokens (prompt, and after a preemption the tokens generated so far), of which the first
+    `num_prompt_tokens` are the prompt and the first `num_computed_tokens` are in the cache already.
+    """
+
+    slot: int
+    token_ids: Int32Array
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: Int32Array
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        _require_whole(self, ("token_ids", "block_ids"), 4)
+
+
+class Step(HotMessage, frozen=True):
+    """One forward pass, as the difference from the step before it. Fields apply in the order they are listed.
+
+    New blocks: block `new_block_ids[i]` becomes entry `new_block_positions[i]` of the table of slot
+    `new_block_slots[i]`. Decoding rows come first and each computes one token: `decode_slots` is None when they are
+    the last step's. Prefill row `i` computes the next `prefill_lens[i]` known tokens of slot `prefill_slots[i]` and
+    samples if `prefill_samples[i]`. One token comes back for each decoding row and each prefill row that samples.
+    """
+
+    step_id: int
+    epoch: int
+    released_slots: Int32Array = b""
+    admitted: list[AdmittedSlot] = []
+    new_block_slots: Int32Array = b""
+    new_block_positions: Int32Array = b""
+    new_block_ids: Int32Array = b""
+    decode_slots: Int32Array | None = None
+    prefill_slots: Int32Array = b""
+    prefill_lens: Int32Array = b""
+    prefill_samples: bytes = b""
+
+    def __post_init__(self) -> None:
+        arrays = ("released_slots", "new_block_slots", "new_block_positions", "new_block_ids")
+        _require_whole(self, (*arrays, "prefill_slots", "prefill_lens"), 4)
+        if self.decode_slots is not None:
+            _require_whole(self, ("decode_slots",), 4)
+        _require_same_count(self, *((name, 4) for name in arrays[1:]))
+        _require_same_count(self, ("prefill_slots", 4), ("prefill_lens", 4), ("prefill_samples", 1))
+
+
+class StepResult(HotMessage, frozen=True):
+    """The tokens of a step's sampling rows, in row order. -1 means that the row's logits were not numbers."""
+
+    step_id: int
+    epoch: int
+    token_ids: Int32Array
+
+    def __post_init__(self) -> None:
+        _require_whole(self, ("token_ids",), 4)
+
+
+class WorkerReady(Message, frozen=True):
+    protocol_version: int
+    epoch: int
+    num_blocks: Count
+    block_size: Count
+    max_model_len: Count
+
+
+class WorkerFailed(Message, frozen=True):
+    """The worker cannot go on. It exits after sending this."""
+
+    epoch: int
+    message: str
+
+
+class Shutdown(Message, frozen=True):
+    pass
+
+
+CoreToWorker = Step | Shutdown
+WorkerToCore = WorkerReady | StepResult | WorkerFailed
+
+# --- any process → launcher -----------------------------------------------------------------------------------------
+
+
+class Progress(Message, frozen=True):
+    """`done` of `total` units of a start-up phase, for the progress bar."""
+
+    process: str
+    phase: str
+    done: int
+    total: int
+
+
+class ProcessReady(Message, frozen=True):
+    process: str
+    details: dict[str, str | int | float] = {}
+
+
+class ProcessFailed(Message, frozen=True):
+    process: str
+    message: str
+
+
+ToLauncher = Progress | ProcessReady | ProcessFailed
+
+
+class Malformed(msgspec.Struct, frozen=True):
+    """What a receiver gets in place of a message that could not be decoded. Never travels itself."""
+
+    reason: str

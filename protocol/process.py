@@ -1,0 +1,84 @@
+"""What every child process of the launcher does the same way: report, stop when told, never outlive its parent.
+
+The launcher passes the configuration file as the only argument and the read end of a pipe as standard input. That pipe
+is the lifeline: it is never written, so reading it ends exactly when the launcher is gone, however it went.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from protocol.config import EngineConfig
+from protocol.errors import EngineError
+from protocol.messages import ProcessFailed, ProcessReady, Progress
+from protocol.transport import Channel, open_socket
+
+
+class ChildProcess:
+    """The launcher's side of a child, as the child sees it: its configuration and the ways to report."""
+
+    def __init__(self, name: str, config: EngineConfig) -> None:
+        self.name = name
+        self.config = config
+        self.context = zmq.Context()
+        self._launcher = Channel(open_socket(self.context, zmq.PUSH, connect=config.launcher_address), None)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Reports start-up progress. Call from the main thread."""
+        self._launcher.send(Progress(self.name, phase, done, total))
+
+    def ready(self, **details: str | int | float) -> None:
+        self._launcher.send(ProcessReady(self.name, details))
+
+    def failed(self, message: str) -> None:
+        self._launcher.send(ProcessFailed(self.name, message))
+
+    def close(self) -> None:
+        self._launcher.close()
+        self.context.term()
+
+
+def run_child(name: str, main: Callable[[ChildProcess], None]) -> None:
+    """Runs a child process's main function, and ends the process with an exit code that the launcher understands.
+
+    SIGTERM asks the child to stop; each `main` installs what that means for it. SIGINT is left to the launcher. An
+    error is reported to the launcher in one line, and with its traceback on standard error if it is no user's error.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child = ChildProcess(name, EngineConfig.load(Path(sys.argv[1])))
+    _watch_lifeline()
+    code = 0
+    try:
+        main(child)
+    except EngineError as error:
+        child.failed(str(error))
+        code = 1
+    except Exception as error:
+        traceback.print_exc()
+        child.failed(f"{type(error).__name__}: {error}")
+        code = 1
+    child.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: libraries' threads and atexit handlers must not keep a finished process alive.
+    os._exit(code)
+
+
+def _watch_lifeline() -> None:
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        # The launcher is gone without having stopped its children. Give `main` the chance to end in order first.
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(2.0)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()

@@ -1,0 +1,151 @@
+"""ZeroMQ sockets and the codec that turns messages into frames and back.
+
+Two kinds of receiver: `Channel` blocks (core, worker, synchronous client) and `AsyncChannel` calls back from an asyncio
+loop (frontend, asynchronous client). Neither ever raises because of what a peer sent: bytes that are no message of the
+expected kind come back as `Malformed`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import zmq
+
+from protocol.messages import Malformed
+
+# Above the largest honest message (a prompt of a million tokens); a peer that sends more is cut off by ZeroMQ.
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# Set, rather than left at ZeroMQ's default of 1000, so that a full queue is noticed (zmq.Again), never a silent drop.
+HIGH_WATER_MARK = 100_000
+LINGER_MS = 1000
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+
+
+class Decoder:
+    """Decodes frames of one direction of one connection, given the union of the messages that may arrive on it."""
+
+    def __init__(self, union: Any) -> None:
+        self._decode = msgspec.msgpack.Decoder(union).decode
+
+    def __call__(self, frame: bytes) -> Any:
+        """The message, or `Malformed` with the reason. Never raises."""
+        try:
+            return self._decode(frame)
+        except (msgspec.DecodeError, UnicodeDecodeError, ValueError, OverflowError, RecursionError) as error:
+            return Malformed(reason=str(error))
+
+
+def open_socket(context: zmq.Context, kind: int, *, bind: str | None = None, connect: str | None = None) -> zmq.Socket:
+    """A socket with this project's limits, bound or connected to an address."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.LINGER, LINGER_MS)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    if kind == zmq.ROUTER:
+        # Sending to a peer that is gone raises instead of dropping the message.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    try:
+        if bind is not None:
+            socket.bind(bind)
+        if connect is not None:
+            socket.connect(connect)
+    except zmq.ZMQError:
+        socket.close(linger=0)
+        raise
+    return socket
+
+
+class Channel:
+    """A blocking connection: sends messages, receives messages of one union.
+
+    With a ROUTER socket every call carries the peer's identity; otherwise the identity is b"".
+    """
+
+    def __init__(self, socket: zmq.Socket, receives: Any) -> None:
+        self.socket = socket
+        self._routed = socket.getsockopt(zmq.TYPE) == zmq.ROUTER
+        self._decode = Decoder(receives)
+
+    def send(self, message: msgspec.Struct, identity: bytes = b"") -> bool:
+        """Queues a message. Returns False when the peer is gone or its queue is full: nothing is lost unseen."""
+        frames = [identity, encode(message)] if self._routed else [encode(message)]
+        try:
+            self.socket.send_multipart(frames, zmq.DONTWAIT, copy=True)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                return False
+            raise
+        return True
+
+    def receive(self, timeout_ms: int | None = 0) -> tuple[bytes, Any] | None:
+        """The next (identity, message), or None if none came within the timeout (None waits for ever)."""
+        if timeout_ms != 0 and not self.socket.poll(timeout_ms):
+            return None
+        try:
+            frames = self.socket.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return None
+        return self._split(frames)
+
+    def _split(self, frames: list[bytes]) -> tuple[bytes, Any]:
+        expected = 2 if self._routed else 1
+        identity = frames[0] if self._routed else b""
+        if len(frames) != expected:
+            return identity, Malformed(reason=f"a message of {len(frames)} frames, expected {expected}")
+        return identity, self._decode(frames[-1])
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class AsyncChannel(Channel):
+    """The same connection for an asyncio loop: calls `on_message(identity, message)` for each that arrives.
+
+    ZeroMQ's descriptor is edge-triggered and covers both directions, so it is drained after every send too.
+    """
+
+    # Messages handled before other callbacks of the loop get a turn.
+    _BATCH = 64
+
+    def __init__(self, socket: zmq.Socket, receives: Any, on_message: Callable[[bytes, Any], None]) -> None:
+        super().__init__(socket, receives)
+        self._on_message = on_message
+        self._loop = asyncio.get_running_loop()
+        self._drain_scheduled = False
+        self._closed = False
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._drain)
+        self._schedule_drain()
+
+    def send(self, message: msgspec.Struct, identity: bytes = b"") -> bool:
+        sent = super().send(message, identity)
+        self._schedule_drain()
+        return sent
+
+    def _schedule_drain(self) -> None:
+        if not self._drain_scheduled and not self._closed:
+            self._drain_scheduled = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._drain_scheduled = False
+        for _ in range(self._BATCH):
+            if self._closed:
+                return
+            received = self.receive()
+            if received is None:
+                return
+            self._on_message(*received)
+        self._schedule_drain()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._fd)
+            super().close()

@@ -1,0 +1,74 @@
+"""The core and the worker in one process, without sockets: the real scheduler drives the real runner.
+
+What the processes do in `core.engine` and `worker.main`, in a loop that a test can count in. Everything but the
+transport is what serves users.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from core.engine import PIPELINE_DEPTH, scheduler_config
+from core.scheduler import Scheduler
+from protocol.config import EngineConfig, make_options
+from protocol.messages import PROTOCOL_VERSION, AddRequest, StepOutputs, StepResult, WorkerReady, pack_ints, unpack_ints
+from protocol.resolve import resolve
+from protocol.sampling import SamplingParams
+from worker.kv_cache import bounded_model_len
+from worker.main import make_runner
+from worker.runner import PendingTokens, StepRunner
+
+
+def make_config(model: Path | str, **options: Any) -> EngineConfig:
+    return resolve(make_options({"model": str(model), **options}), Path("/nonexistent"))
+
+
+class InProcessEngine:
+    """Generates for a list of prompts; keeps its prefix cache and statistics between calls."""
+
+    def __init__(self, model: Path | str, runner: StepRunner | None = None, **options: Any) -> None:
+        self.config = make_config(model, **options)
+        self.runner, num_blocks = make_runner(self.config)
+        ready = WorkerReady(
+            PROTOCOL_VERSION, 0, num_blocks, self.config.block_size, bounded_model_len(self.config, num_blocks)
+        )
+        self.scheduler = Scheduler(scheduler_config(self.config, ready))
+        self.depth = PIPELINE_DEPTH if self.config.options.async_scheduling else 1
+        self.finished: dict[int, str] = {}
+        self._next_id = 0
+
+    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:
+        """Token ids of each prompt's answer, all prompts submitted together."""
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        first = self._next_id
+        tokens: dict[int, list[int]] = {}
+        for prompt, sampling in zip(prompts, each, strict=True):
+            tokens[self._next_id] = []
+            self.scheduler.add(0, AddRequest(self._next_id, pack_ints(prompt), sampling))
+            self._next_id += 1
+        for message in self.run():
+            assert isinstance(message, StepOutputs), message
+            rows = zip(unpack_ints(message.request_ids, "<i8").tolist(), unpack_ints(message.token_ids).tolist())
+            for request_id, token in rows:
+                tokens[request_id].append(token)
+            for finished in message.finished:
+                self.finished[finished.request_id] = finished.reason
+        return [tokens[request_id] for request_id in range(first, self._next_id)]
+
+    def run(self):
+        """Runs steps until nothing is left, as the two processes would; yields what the frontend would get."""
+        pending: deque[PendingTokens] = deque()
+        while True:
+            while self.scheduler.num_in_flight < self.depth:
+                step = self.scheduler.schedule()
+                if step is None:
+                    break
+                pending.append(self.runner.execute(step))
+            if not pending:
+                return
+            done = pending.popleft()
+            effects = self.scheduler.apply(StepResult(done.step_id, done.epoch, done.tobytes()))
+            for _, message in effects.messages(0):
+                yield message

@@ -1,0 +1,174 @@
+"""The worker process: loads the model, then runs steps as they come and sends their tokens back.
+
+    python -m worker.main CONFIG_FILE
+
+While a step is on the device the loop polls for its tokens and for the next step, so that neither waits for the other;
+with nothing on the device it blocks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import torch
+import zmq
+
+from protocol.config import EngineConfig, usable_cpus
+from protocol.errors import ConfigError
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    CoreToWorker,
+    Malformed,
+    Shutdown,
+    Step,
+    StepResult,
+    WorkerFailed,
+    WorkerReady,
+)
+from protocol.process import ChildProcess, run_child
+from protocol.transport import Channel, open_socket
+from worker.graphs import batch_buckets
+from worker.kernels import select
+from worker.kv_cache import allocate_kv_cache, bounded_model_len, num_blocks_on_cpu, num_blocks_on_gpu
+from worker.models import Qwen3, create_model
+from worker.runner import PendingTokens, StepRunner
+from worker.weights import load_weights, randomize_weights
+
+EPOCH = 0
+
+
+def make_device(config: EngineConfig) -> torch.device:
+    """The device, made ready for use.
+
+    Raises:
+        ConfigError: a GPU is asked for and torch has none.
+    """
+    if config.device == "cpu":
+        torch.set_num_threads(config.options.num_threads or usable_cpus())
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device cuda: torch {torch.__version__} sees no GPU; install a CUDA build of torch, or use --device cpu"
+        )
+    # The engine's bf16 numerics are stated for full-precision accumulation.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.cuda.set_device(0)
+    return torch.device("cuda", 0)
+
+
+def load_model(config: EngineConfig, device: torch.device, dtype: torch.dtype, child: ChildProcess | None) -> Qwen3:
+    """The model with its weights, from files or at random."""
+    model = create_model(config.model_config, select(device), config.max_model_len, device, dtype)
+    layout = model.checkpoint_layout()
+    if config.options.load_format == "dummy":
+        randomize_weights(layout)
+    else:
+
+        def progress(done: int, total: int) -> None:
+            if child is not None and (done % 8 == 0 or done == total):
+                child.progress("weights", done, total)
+
+        load_weights(layout, Path(config.model_path), progress)
+    return model
+
+
+def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tuple[StepRunner, int]:
+    """A runner ready for its first step, and the number of its KV-cache blocks.
+
+    Raises:
+        ConfigError: the device, the weights or the memory do not allow it.
+    """
+    device, dtype = make_device(config), getattr(torch, config.dtype)
+    model = load_model(config, device, dtype, child)
+    try:
+        runner = StepRunner(config, model, select(device), device, dtype)
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"--attention-backend {config.attention_backend}: {error}") from error
+    if device.type == "cpu":
+        num_blocks = num_blocks_on_cpu(config, dtype)
+        runner.set_kv_cache(allocate_kv_cache(config, num_blocks, device, dtype))
+        return runner, num_blocks
+    use_graphs = not config.options.enforce_eager and config.attention_backend != "torch"
+    num_blocks = num_blocks_on_gpu(config, dtype, _peak_bytes(config, runner, device, dtype, use_graphs))
+    bounded_model_len(config, num_blocks)
+    runner.set_kv_cache(allocate_kv_cache(config, num_blocks, device, dtype))
+    if use_graphs:
+
+        def progress(done: int, total: int) -> None:
+            if child is not None:
+                child.progress("CUDA graphs", done, total)
+
+        runner.use_graphs(runner.capture_graphs(progress))
+    return runner, num_blocks
+
+
+def _peak_bytes(
+    config: EngineConfig, runner: StepRunner, device: torch.device, dtype: torch.dtype, use_graphs: bool
+) -> int:
+    """Most device memory in use while the largest steps run, and what the graphs will add to it.
+
+    Measured with a cache of a few blocks: null rows read only the null block. One bucket's graphs are captured on
+    trial; the others share its memory pool but cost the driver as much again for their nodes.
+    """
+    runner.set_kv_cache(allocate_kv_cache(config, 2, device, dtype))
+    runner.run_largest_steps()
+    torch.cuda.synchronize()
+    free_before = torch.cuda.mem_get_info()[0]
+    total = torch.cuda.mem_get_info()[1]
+    if use_graphs:
+        graphs = runner.capture_graphs(lambda done, total: None, only_largest=True)
+        torch.cuda.synchronize()
+        trial = free_before - torch.cuda.mem_get_info()[0]
+        del graphs
+        return total - free_before + trial + _graph_overhead_bytes(config)
+    return total - free_before
+
+
+def _graph_overhead_bytes(config: EngineConfig) -> int:
+    """What the driver keeps for a captured graph's nodes, for all buckets: 64 KiB a layer covers what was measured."""
+    return len(batch_buckets(config.options.max_num_seqs)) * config.model_config.num_layers * 64 * 1024
+
+
+def serve(channel: Channel, runner: StepRunner) -> None:
+    """Runs steps until `Shutdown`."""
+    pending: deque[PendingTokens] = deque()
+    while True:
+        received = channel.receive(0 if pending else None)
+        if received is not None:
+            message = received[1]
+            if isinstance(message, Step):
+                pending.append(runner.execute(message))
+            elif isinstance(message, Shutdown):
+                return
+            elif isinstance(message, Malformed):
+                raise RuntimeError(f"the core sent a malformed message: {message.reason}")
+        while pending and pending[0].is_ready():
+            done = pending.popleft()
+            channel.send(StepResult(done.step_id, done.epoch, done.tobytes()))
+
+
+def main(child: ChildProcess) -> None:
+    config = child.config
+    channel = Channel(open_socket(child.context, zmq.PAIR, connect=config.worker_address), CoreToWorker)
+    try:
+        runner, num_blocks = make_runner(config, child)
+        max_model_len = bounded_model_len(config, num_blocks)
+        channel.send(WorkerReady(PROTOCOL_VERSION, EPOCH, num_blocks, config.block_size, max_model_len))
+        child.ready(device=device_name(config), kv_cache_tokens=(num_blocks - 1) * config.block_size)
+        serve(channel, runner)
+    except Exception as error:
+        channel.send(WorkerFailed(EPOCH, str(error)))
+        raise
+    finally:
+        channel.close()
+
+
+def device_name(config: EngineConfig) -> str:
+    if config.device == "cuda":
+        return torch.cuda.get_device_name(0)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    run_child("worker", main)

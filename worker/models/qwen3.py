@@ -1,0 +1,114 @@
+"""Qwen3, dense: the model as the paper has it, over the tokens of a step.
+
+Pre-norm decoder layers with grouped-query attention, per-head RMSNorm of queries and keys, rotary embeddings and a
+SwiGLU feed-forward (Qwen3 Technical Report, arXiv:2505.09388). It knows tokens, not requests: which token belongs to
+which sequence is the attention backend's business, through the metadata.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from protocol.model_config import ModelConfig
+from worker.attention import AttentionBackend, AttentionMetadata
+from worker.kernels import Ops
+from worker.models.rope import cos_sin_table
+
+
+class Qwen3Layer:
+    """One decoder layer. Products that read the same input are stored as one weight: qkv, and gate with up."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        def weight(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        hidden, head_dim = config.hidden_size, config.head_dim
+        q_size, kv_size = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        self.input_norm = weight(hidden)
+        self.qkv_proj = weight(q_size + 2 * kv_size, hidden)
+        self.q_norm = weight(head_dim)
+        self.k_norm = weight(head_dim)
+        self.o_proj = weight(hidden, q_size)
+        self.post_attention_norm = weight(hidden)
+        self.gate_up_proj = weight(2 * config.intermediate_size, hidden)
+        self.down_proj = weight(hidden, config.intermediate_size)
+        self._qkv_sizes = [q_size, kv_size, kv_size]
+
+    def checkpoint_layout(self, prefix: str) -> dict[str, Tensor]:
+        """Where each tensor of the checkpoint goes: views of the weights above."""
+        q, k, v = self.qkv_proj.split(self._qkv_sizes)
+        gate, up = self.gate_up_proj.chunk(2)
+        return {
+            f"{prefix}.input_layernorm.weight": self.input_norm,
+            f"{prefix}.self_attn.q_proj.weight": q,
+            f"{prefix}.self_attn.k_proj.weight": k,
+            f"{prefix}.self_attn.v_proj.weight": v,
+            f"{prefix}.self_attn.q_norm.weight": self.q_norm,
+            f"{prefix}.self_attn.k_norm.weight": self.k_norm,
+            f"{prefix}.self_attn.o_proj.weight": self.o_proj,
+            f"{prefix}.post_attention_layernorm.weight": self.post_attention_norm,
+            f"{prefix}.mlp.gate_proj.weight": gate,
+            f"{prefix}.mlp.up_proj.weight": up,
+            f"{prefix}.mlp.down_proj.weight": self.down_proj,
+        }
+
+
+class Qwen3:
+    """The decoder stack and its output head."""
+
+    def __init__(
+        self, config: ModelConfig, ops: Ops, max_model_len: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.config = config
+        self._ops = ops
+        self._cos_sin = cos_sin_table(config.rope_theta, config.head_dim, max_model_len, device)
+        self.embed_tokens = torch.empty((config.vocab_size, config.hidden_size), device=device, dtype=dtype)
+        self.layers = [Qwen3Layer(config, device, dtype) for _ in range(config.num_layers)]
+        self.norm = torch.empty(config.hidden_size, device=device, dtype=dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = self.embed_tokens if tied else torch.empty_like(self.embed_tokens)
+
+    def checkpoint_layout(self) -> dict[str, Tensor]:
+        """Checkpoint tensor name → where it goes. A tied head has no tensor of its own."""
+        layout = {"model.embed_tokens.weight": self.embed_tokens, "model.norm.weight": self.norm}
+        for index, layer in enumerate(self.layers):
+            layout |= layer.checkpoint_layout(f"model.layers.{index}")
+        if not self.config.tie_word_embeddings:
+            layout["lm_head.weight"] = self.lm_head
+        return layout
+
+    def forward(
+        self, token_ids: Tensor, kv_cache: Tensor, attention: AttentionBackend, metadata: AttentionMetadata
+    ) -> Tensor:
+        """Runs the step's tokens through the layers, writing their keys and values to the cache.
+
+        Args:
+            token_ids: [tokens] int32.
+            kv_cache: [num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim], keys then values.
+            attention: `attention.prepare(metadata)` was called.
+
+        Returns:
+            [tokens, hidden_size], normalised, ready for `logits`.
+        """
+        ops, eps = self._ops, self.config.rms_norm_eps
+        hidden = embedding(token_ids, self.embed_tokens)
+        residual = torch.zeros_like(hidden)
+        for index, layer in enumerate(self.layers):
+            key_cache, value_cache = kv_cache[index, 0], kv_cache[index, 1]
+            hidden = ops.add_rms_norm(hidden, residual, layer.input_norm, eps)
+            qkv = linear(hidden, layer.qkv_proj)
+            query = ops.qk_norm_rope_cache(
+                qkv, layer.q_norm, layer.k_norm, eps, self._cos_sin,
+                metadata.positions, metadata.cache_slots, key_cache, value_cache,
+            )  # fmt: skip
+            attended = attention.forward(query, key_cache, value_cache, metadata)
+            hidden = linear(attended.flatten(1), layer.o_proj)
+            hidden = ops.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
+            hidden = linear(ops.silu_mul(linear(hidden, layer.gate_up_proj)), layer.down_proj)
+        return ops.add_rms_norm(hidden, residual, self.norm, eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden_size] → [rows, vocab_size]."""
+        return linear(hidden, self.lm_head)
