@@ -1,0 +1,98 @@
+"""A worker that computes nothing: it keeps a step's rows as the real one would and answers with tokens of a rule.
+
+It checks what the real worker relies on: that every position is computed once, in order, into a block that no other
+sequence writes, and that what is sampled is what was asked for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from protocol.messages import Step, StepResult, pack_ints, unpack_ints
+
+TokenRule = Callable[[int, int, int], int]
+
+
+@dataclass
+class SlotView:
+    tokens: list[int]
+    num_computed: int
+    blocks: list[int]
+    seed: int
+
+
+@dataclass
+class NullWorker:
+    """Executes steps in order; `answer` returns the oldest unanswered step's result.
+
+    The token at position p of a request is `rule(seed, p, sum of its tokens)`, so that it depends on everything before
+    it, as a language model's does.
+    """
+
+    block_size: int
+    rule: TokenRule
+    slots: dict[int, SlotView] = field(default_factory=dict)
+    pending: deque[StepResult] = field(default_factory=deque)
+    num_computed_tokens: int = 0
+    _decode: list[int] = field(default_factory=list)
+    _written_by: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def execute(self, step: Step) -> None:
+        for slot in unpack_ints(step.released_slots).tolist():
+            del self.slots[slot]
+        for admitted in step.admitted:
+            assert admitted.slot not in self.slots, "slot given away twice"
+            self.slots[admitted.slot] = SlotView(
+                unpack_ints(admitted.token_ids).tolist(),
+                admitted.num_computed_tokens,
+                unpack_ints(admitted.block_ids).tolist(),
+                admitted.seed,
+            )
+        new_blocks = zip(
+            unpack_ints(step.new_block_slots).tolist(),
+            unpack_ints(step.new_block_positions).tolist(),
+            unpack_ints(step.new_block_ids).tolist(),
+            strict=True,
+        )
+        for slot, position, block in new_blocks:
+            assert len(self.slots[slot].blocks) == position
+            self.slots[slot].blocks.append(block)
+        if step.decode_slots is not None:
+            self._decode = unpack_ints(step.decode_slots).tolist()
+        writers: dict[int, int] = {}
+        tokens = [self._compute(slot, 1, writers) for slot in self._decode]
+        for slot, length, samples in zip(
+            unpack_ints(step.prefill_slots).tolist(),
+            unpack_ints(step.prefill_lens).tolist(),
+            step.prefill_samples,
+            strict=True,
+        ):
+            token = self._compute(slot, length, writers, samples=bool(samples))
+            if samples:
+                tokens.append(token)
+        self.pending.append(StepResult(step.step_id, step.epoch, pack_ints(tokens)))
+
+    def _compute(self, slot: int, length: int, writers: dict[int, int], samples: bool = True) -> int:
+        view = self.slots[slot]
+        start, end = view.num_computed, view.num_computed + length
+        assert end <= len(view.tokens), "a token is computed before it exists"
+        assert samples == (end == len(view.tokens))
+        assert end <= len(view.blocks) * self.block_size, "a token has no block"
+        for index in range(start // self.block_size, (end - 1) // self.block_size + 1):
+            block = view.blocks[index]
+            assert block != 0
+            assert writers.setdefault(block, slot) == slot, "two sequences write one block in a step"
+        view.num_computed = end
+        self.num_computed_tokens += length
+        if not samples:
+            return -1
+        token = self.rule(view.seed, end, int(np.sum(view.tokens)))
+        view.tokens.append(token)
+        return token
+
+    def answer(self) -> StepResult:
+        return self.pending.popleft()

@@ -1,0 +1,81 @@
+"""Greedy answers equal transformers', however the engine cut, cached, overlapped or repeated the work."""
+
+from pathlib import Path
+
+import pytest
+
+from protocol.sampling import SamplingParams
+from tests.support.engine import InProcessEngine
+from tests.support.models import MODEL_DIR, greedy_reference, make_random_model, random_prompts, reference_model
+
+MAX_TOKENS = 40
+# Blocks for one sequence at its longest and a few short ones, so that what runs together cannot all stay.
+FEW_BLOCKS = 18
+
+
+@pytest.fixture(scope="module", params=["bundled", "random"])
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """(model, 64 prompts, what transformers answers)."""
+    model = MODEL_DIR if request.param == "bundled" else make_random_model(tmp_path_factory.mktemp("random-qwen3"))
+    prompts = random_prompts(64, reference_model(model).config.vocab_size)
+    # Some share their beginning, so that the prefix cache has something to find.
+    prompts[40:50] = [[*prompts[9][:64], *prompt[:20]] for prompt in prompts[40:50]]
+    return model, prompts, greedy_reference(model, prompts, MAX_TOKENS)
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False], ids=["two-steps", "one-step"])
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
+@pytest.mark.parametrize("budget", [16, 8192], ids=["chunked", "whole"])
+@pytest.mark.parametrize("num_blocks", [FEW_BLOCKS, None], ids=["few-blocks", "blocks"])
+def test_greedy_tokens_equal_transformers(
+    case: tuple[Path, list[list[int]], list[list[int]]],
+    async_scheduling: bool,
+    caching: bool,
+    budget: int,
+    num_blocks: int | None,
+) -> None:
+    model, prompts, expected = case
+    engine = InProcessEngine(
+        model,
+        device="cpu",
+        async_scheduling=async_scheduling,
+        enable_prefix_caching=caching,
+        max_num_batched_tokens=budget,
+        max_num_seqs=16 if budget == 16 or num_blocks else 64,
+        max_model_len=192,
+        num_gpu_blocks_override=num_blocks,
+        kv_cache_memory="64MiB",
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    assert engine.generate(prompts, params) == expected
+    stats = engine.scheduler.stats()
+    assert (stats.num_preemptions > 0) == (num_blocks is not None)
+    assert stats.num_free_blocks == stats.num_blocks
+    if caching:
+        hits_before = stats.prefix_cache_hits
+        assert engine.generate(prompts, params) == expected, "with a warm prefix cache"
+        assert engine.scheduler.stats().prefix_cache_hits > hits_before
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_seeded_draws_do_not_depend_on_the_batch(temperature: float) -> None:
+    prompts = random_prompts(12, 300)
+    params = [
+        SamplingParams(temperature=temperature, top_p=0.9, top_k=40 * (i % 2), seed=i, max_tokens=12, ignore_eos=True)
+        for i in range(12)
+    ]
+    options = {"device": "cpu", "max_model_len": 256, "kv_cache_memory": "32MiB"}
+    together = InProcessEngine(MODEL_DIR, **options).generate(prompts, params)
+    alone = InProcessEngine(MODEL_DIR, **options, async_scheduling=False, enable_prefix_caching=False)
+    assert [alone.generate([prompt], [each])[0] for prompt, each in zip(prompts, params)] == together
+    crowded = InProcessEngine(
+        MODEL_DIR, **(options | {"max_model_len": 192}), num_gpu_blocks_override=20, max_num_seqs=8
+    )
+    assert crowded.generate(prompts, params) == together
+    assert crowded.scheduler.stats().num_preemptions > 0
+
+
+def test_requests_without_a_seed_differ() -> None:
+    engine = InProcessEngine(MODEL_DIR, device="cpu", kv_cache_memory="32MiB", max_model_len=256)
+    answers = engine.generate([[10, 20, 30]] * 8, SamplingParams(temperature=1.5, max_tokens=16, ignore_eos=True))
+    assert len({tuple(answer) for answer in answers}) == 8
