@@ -49,6 +49,8 @@ def resolve(options: EngineOptions, run_directory: Path) -> EngineConfig:
     dtype = options.dtype
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else _model_dtype(model_config.dtype)
+    if backend == "flash_attn" and dtype == "float32":
+        raise ConfigError("--attention-backend flash_attn needs --dtype float16 or bfloat16, got float32")
     return EngineConfig(
         options=options,
         model_config=model_config,

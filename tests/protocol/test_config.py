@@ -134,6 +134,7 @@ def test_resolved_choices_survive_the_file(tmp_path: Path) -> None:
         ({"max_model_len": 1000}, "--max-model-len"),
         ({"attention_backend": "triton", "device": "cpu"}, "needs a GPU"),
         ({"attention_backend": "flash_attn", "device": "cuda", "block_size": 16}, "multiple of 256"),
+        ({"attention_backend": "flash_attn", "device": "cuda", "dtype": "float32"}, "float16 or bfloat16"),
     ],
 )
 def test_choices_that_do_not_go_together_are_refused(tmp_path: Path, options: dict, message: str) -> None:

@@ -1,0 +1,107 @@
+"""Gathers what the requests behind one HTTP response produce, and wakes the coroutine that waits for it.
+
+A response that cannot be written as fast as tokens come finds several of them in one take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from frontend.requests import RunningRequest
+from protocol.errors import EngineUnavailableError, InvalidRequestError, RequestFailedError
+from protocol.messages import Failed, Finished
+
+
+class Choice:
+    """One request's part of the response: what is new since the last take, and how it ended if it did."""
+
+    __slots__ = ("finished", "index", "is_new", "text_parts", "token_ids")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.token_ids: list[int] = []
+        self.text_parts: list[str] = []
+        self.finished: Finished | None = None
+        self.is_new = False
+
+
+class Collector:
+    """The sink of one HTTP response, whose choice `i` is the request with tag `i`.
+
+    Attributes:
+        num_unfinished: choices that have not been taken with their end.
+        client_left: nobody is there to answer any more.
+    """
+
+    def __init__(self, num_choices: int) -> None:
+        self.choices = [Choice(index) for index in range(num_choices)]
+        self.num_unfinished = num_choices
+        self.client_left = False
+        self._new: list[Choice] = []
+        self._failed: Failed | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def add(self, request: RunningRequest, token_id: int, text: str) -> None:
+        choice = self.choices[request.tag]
+        choice.token_ids.append(token_id)
+        if text:
+            choice.text_parts.append(text)
+        self._mark(choice)
+
+    def finish(self, request: RunningRequest, text: str, finished: Finished) -> None:
+        choice = self.choices[request.tag]
+        if not request.stream:
+            choice.token_ids = request.token_ids
+        choice.text_parts.append(text)
+        choice.finished = finished
+        self._mark(choice)
+
+    def fail(self, request: RunningRequest, failed: Failed) -> None:
+        self._failed = failed
+
+    def flush(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def leave(self) -> None:
+        """The client has disconnected."""
+        self.client_left = True
+        self.flush()
+
+    async def take(self) -> list[tuple[Choice, str, list[int]]]:
+        """Waits for something new and returns it: choices with their new text and token ids.
+
+        Empty if the client has left.
+
+        Raises:
+            InvalidRequestError, EngineUnavailableError, RequestFailedError: one of the requests failed.
+        """
+        while not (self._new or self._failed or self.client_left):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self.client_left:
+            return []
+        if not self._new:
+            assert self._failed is not None
+            raise _error(self._failed)
+        taken = []
+        for choice in self._new:
+            taken.append((choice, "".join(choice.text_parts), choice.token_ids))
+            choice.text_parts, choice.token_ids, choice.is_new = [], [], False
+            if choice.finished is not None:
+                self.num_unfinished -= 1
+        self._new = []
+        return taken
+
+    def _mark(self, choice: Choice) -> None:
+        if not choice.is_new:
+            choice.is_new = True
+            self._new.append(choice)
+
+
+def _error(failed: Failed) -> Exception:
+    if failed.kind == "invalid_request":
+        return InvalidRequestError(failed.message, failed.param)
+    if failed.kind == "unavailable":
+        return EngineUnavailableError(failed.message)
+    return RequestFailedError(failed.message)

@@ -1,0 +1,47 @@
+"""The sampling values a model recommends, which hold for HTTP requests that do not say otherwise.
+
+Read from the model directory's generation_config.json, as vLLM does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from protocol.errors import ConfigError, InvalidRequestError
+from protocol.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+# Values that would change the answers and that this engine cannot apply, with what they are when they do nothing.
+_NOT_APPLIED = {"repetition_penalty": 1.0, "min_p": 0.0}
+
+
+class SamplingDefaults(Struct, frozen=True):
+    """What holds when a request does not say: 1.0 and all tokens, unless the model recommends otherwise."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+def load_sampling_defaults(model_path: Path) -> SamplingDefaults:
+    """Raises ConfigError if generation_config.json cannot be read or holds values out of range."""
+    file = model_path / "generation_config.json"
+    if not file.is_file():
+        return SamplingDefaults()
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        given = {name: config[name] for name in SamplingDefaults.__struct_fields__ if config.get(name) is not None}
+        SamplingParams(**given)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = error.message if isinstance(error, InvalidRequestError) else error
+        raise ConfigError(f"{file} cannot be used: {reason}") from error
+    for name, neutral in _NOT_APPLIED.items():
+        if config.get(name, neutral) not in (None, neutral):
+            logger.warning("%s: %s = %r is not applied", file, name, config[name])
+    return SamplingDefaults(**given)

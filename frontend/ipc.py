@@ -1,0 +1,278 @@
+"""The IPC endpoint for Python clients: one ROUTER socket, one `ClientConnection` for each client.
+
+What a client sends never raises here: it is answered, or logged where nobody can be answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import msgspec
+import zmq
+
+from frontend.prompts import RenderedPrompt, is_long
+from frontend.requests import RunningRequest
+from frontend.service import Service
+from protocol.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    ClientMessage,
+    Failed,
+    Finished,
+    Generate,
+    GetStats,
+    Heartbeat,
+    Hello,
+    Malformed,
+    Outputs,
+    Refused,
+    Started,
+    Stats,
+    TokenPrompt,
+    Welcome,
+    pack_ints,
+)
+from protocol.transport import AsyncChannel, open_socket
+
+logger = logging.getLogger(__name__)
+
+# A client that misses this many heartbeats in a row is gone.
+_MISSED_HEARTBEATS = 3
+_WATCH_INTERVAL_S = 0.5
+_MIN_HEARTBEAT_S, _MAX_HEARTBEAT_S = 0.1, 3600.0
+_INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
+
+
+class ClientConnection:
+    """A client that has said hello, its requests, and its share of the current step."""
+
+    def __init__(self, server: IpcServer, identity: bytes, heartbeat_s: float, now: float) -> None:
+        self.identity = identity
+        self.heartbeat_s = heartbeat_s
+        self.last_heard = now
+        self.requests: dict[int, RunningRequest] = {}
+        self.encoding: dict[int, asyncio.Task[None]] = {}
+        self._server = server
+        self._request_ids: list[int] = []
+        self._token_ids: list[int] = []
+        self._texts: list[tuple[int, str]] = []
+        self._finished: list[Finished] = []
+
+    def add(self, request: RunningRequest, token_id: int, text: str) -> None:
+        self._request_ids.append(request.tag)
+        self._token_ids.append(token_id)
+        if text:
+            self._texts.append((request.tag, text))
+
+    def finish(self, request: RunningRequest, text: str, finished: Finished) -> None:
+        if not request.stream:
+            self._request_ids += [request.tag] * len(request.token_ids)
+            self._token_ids += request.token_ids
+        if text:
+            self._texts.append((request.tag, text))
+        self.ended(finished)
+        self.requests.pop(request.tag, None)
+
+    def ended(self, finished: Finished) -> None:
+        self._finished.append(finished)
+
+    def fail(self, request: RunningRequest, failed: Failed) -> None:
+        self.requests.pop(request.tag, None)
+        # What came before the failure goes first.
+        self.flush()
+        self._server.send(self, failed)
+
+    def flush(self) -> None:
+        """Sends what has gathered since the last time, as one message."""
+        if not self._request_ids and not self._finished:
+            return
+        outputs = Outputs(pack_ints(self._request_ids, "<i8"), pack_ints(self._token_ids), self._texts, self._finished)
+        self._request_ids, self._token_ids, self._texts, self._finished = [], [], [], []
+        self._server.send(self, outputs)
+
+
+class IpcServer:
+    """Serves Python clients from the moment it is made; those that come before the engine is ready wait for Welcome."""
+
+    def __init__(self, context: zmq.Context, address: str, service: Service) -> None:
+        """Raises ConfigError if the address cannot be bound."""
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._clients: dict[bytes, ClientConnection] = {}
+        self._ready = False
+        try:
+            socket = open_socket(context, zmq.ROUTER, bind=address)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot serve on {address}: {error.strerror}; choose another with --ipc") from error
+        self._channel = AsyncChannel(socket, ClientMessage, self._on_message)
+        self._watcher = self._loop.create_task(self._watch())
+
+    def engine_ready(self) -> None:
+        """Welcomes the clients that have been waiting."""
+        self._ready = True
+        for client in list(self._clients.values()):
+            client.last_heard = self._loop.time()
+            self._welcome(client)
+
+    def send(self, client: ClientConnection, message: Any) -> None:
+        """Sends to a client; one that cannot be sent to is gone, and its requests with it."""
+        if not self._channel.send(message, client.identity) and client.identity in self._clients:
+            self._drop(client, "cannot be reached")
+
+    def close(self) -> None:
+        self._watcher.cancel()
+        for client in self._clients.values():
+            for task in client.encoding.values():
+                task.cancel()
+        self._channel.close()
+
+    def _on_message(self, identity: bytes, message: Any) -> None:
+        client = self._clients.get(identity)
+        if client is not None:
+            client.last_heard = self._loop.time()
+        if isinstance(message, Hello):
+            self._on_hello(identity, message)
+        elif isinstance(message, Malformed):
+            self._refuse(identity, f"message not understood: {message.reason}")
+        elif client is None:
+            self._refuse(identity, f"{type(message).__name__} from an unknown client: send Hello first")
+        elif isinstance(message, Generate):
+            self._on_generate(client, message)
+        elif isinstance(message, Abort):
+            self._on_abort(client, message)
+        elif isinstance(message, GetStats):
+            self._on_get_stats(client, message.query_id)
+        else:
+            assert isinstance(message, Heartbeat)
+
+    def _refuse(self, identity: bytes, reason: str) -> None:
+        logger.warning("refused a client's message: %s", reason)
+        self._channel.send(Refused(reason), identity)
+
+    def _on_hello(self, identity: bytes, hello: Hello) -> None:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            self._refuse(
+                identity,
+                f"this engine speaks protocol version {PROTOCOL_VERSION}, the client version "
+                f"{hello.protocol_version}: use the client that came with the engine",
+            )
+        elif self._service.state in ("stopping", "failed"):
+            self._refuse(identity, f"no new clients: {self._service.unavailable_reason}")
+        elif not _MIN_HEARTBEAT_S <= hello.heartbeat_s <= _MAX_HEARTBEAT_S:
+            expected = f"{_MIN_HEARTBEAT_S} to {_MAX_HEARTBEAT_S} seconds"
+            self._refuse(identity, f"heartbeat_s must be {expected}, got {hello.heartbeat_s}")
+        else:
+            client = self._clients.get(identity)
+            if client is None:
+                client = ClientConnection(self, identity, hello.heartbeat_s, self._loop.time())
+                self._clients[identity] = client
+            client.heartbeat_s = hello.heartbeat_s
+            if self._ready:
+                self._welcome(client)
+
+    def _welcome(self, client: ClientConnection) -> None:
+        self.send(client, Welcome(PROTOCOL_VERSION, self._service.engine))
+
+    def _on_generate(self, client: ClientConnection, generate: Generate) -> None:
+        request_id = generate.request_id
+        if not _INT64_MIN <= request_id <= _INT64_MAX:
+            self._refuse(client.identity, f"request_id must be a signed 64-bit integer, got {request_id}")
+            return
+        if request_id in client.requests or request_id in client.encoding:
+            self._refuse(client.identity, f"request_id {request_id} is running already")
+            return
+        try:
+            self._service.require_ready()
+            rendered = self._service.prompts.render(generate.prompt)
+            if is_long(rendered):
+                task = self._loop.create_task(self._encode_and_submit(client, generate, rendered))
+                client.encoding[request_id] = task
+            else:
+                self._submit(client, generate, self._service.prompts.encode(rendered))
+        except (InvalidRequestError, EngineUnavailableError) as error:
+            self._fail(client, request_id, error)
+
+    async def _encode_and_submit(
+        self, client: ClientConnection, generate: Generate, rendered: RenderedPrompt | list[int]
+    ) -> None:
+        try:
+            token_ids = await self._service.prompts.encode_in_thread(rendered)
+            self._service.require_ready()
+            self._submit(client, generate, token_ids)
+        except (InvalidRequestError, EngineUnavailableError) as error:
+            self._fail(client, generate.request_id, error)
+        finally:
+            client.encoding.pop(generate.request_id, None)
+
+    def _submit(self, client: ClientConnection, generate: Generate, token_ids: list[int]) -> None:
+        params = self._service.prompts.fit_max_tokens(generate.params, token_ids)
+        request = self._service.requests.submit(
+            token_ids,
+            params,
+            client,
+            generate.request_id,
+            stream=generate.stream,
+            priority=generate.priority,
+            cache_salt=generate.cache_salt,
+        )
+        client.requests[generate.request_id] = request
+        if not isinstance(generate.prompt, TokenPrompt):
+            self.send(client, Started(generate.request_id, pack_ints(token_ids)))
+
+    def _fail(
+        self, client: ClientConnection, request_id: int, error: InvalidRequestError | EngineUnavailableError
+    ) -> None:
+        if isinstance(error, InvalidRequestError):
+            self.send(client, Failed(request_id, "invalid_request", error.message, error.param))
+        else:
+            self.send(client, Failed(request_id, "unavailable", str(error)))
+
+    def _on_abort(self, client: ClientConnection, abort: Abort) -> None:
+        """Ends requests where they are. Each is answered, so that whoever waits for one is not left waiting."""
+        requests = []
+        for request_id in abort.request_ids:
+            request = client.requests.pop(request_id, None)
+            task = client.encoding.pop(request_id, None)
+            if request is not None:
+                requests.append(request)
+            elif task is not None:
+                task.cancel()
+            else:
+                continue
+            client.ended(Finished(request_id, "abort"))
+        self._service.requests.abort(requests)
+        client.flush()
+
+    def _on_get_stats(self, client: ClientConnection, query_id: int) -> None:
+        def answer(stats: Stats | None) -> None:
+            if stats is None:
+                self._refuse(client.identity, "the engine core does not answer: there are no statistics")
+            elif client.identity in self._clients:
+                self.send(client, msgspec.structs.replace(stats, query_id=query_id))
+
+        self._service.core.query_stats(answer)
+
+    async def _watch(self) -> None:
+        """Drops clients that have fallen silent."""
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            if not self._ready:
+                # Clients that wait for Welcome have nothing to say yet.
+                continue
+            now = self._loop.time()
+            for client in list(self._clients.values()):
+                if now - client.last_heard > _MISSED_HEARTBEATS * client.heartbeat_s:
+                    self._drop(client, f"has been silent for {now - client.last_heard:.1f} s")
+
+    def _drop(self, client: ClientConnection, why: str) -> None:
+        del self._clients[client.identity]
+        for task in client.encoding.values():
+            task.cancel()
+        requests = list(client.requests.values())
+        client.requests.clear()
+        if requests:
+            logger.warning("a client %s: aborting its %d requests", why, len(requests))
+            self._service.requests.abort(requests)

@@ -1,0 +1,222 @@
+"""Bodies of the OpenAI API, requests and responses, with vLLM's additions.
+
+A request's field is either served, or accepted with the value that changes nothing, or refused by name and value:
+nothing is ignored silently. Knows the form of bodies, not what is done with them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from frontend.generation_config import SamplingDefaults
+from protocol.errors import InvalidRequestError
+from protocol.sampling import SamplingParams
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class _RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What both kinds of completion have. None means that the field was not given."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: Priority | None = None
+    cache_salt: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+
+
+class ChatFields(_RequestFields, kw_only=True, forbid_unknown_fields=True):
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    max_completion_tokens: int | None = None
+
+
+class CompletionFields(_RequestFields, kw_only=True, forbid_unknown_fields=True):
+    prompt: str | list[str | int | list[int]]
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or several prompts, all texts or all token ids.
+
+        Raises:
+            InvalidRequestError: there is none, or they are of several kinds.
+        """
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        kinds = {type(item) for item in self.prompt}
+        if len(kinds) != 1:
+            problem = "mixes strings, token ids and lists" if kinds else "is an empty list"
+            raise InvalidRequestError(
+                f"prompt {problem}: it must be a string, a list of strings, a list of token ids or several such lists",
+                "prompt",
+            )
+        return [self.prompt] if int in kinds else self.prompt  # type: ignore[return-value]
+
+
+# Fields that say something about the request without changing its answer: any value will do.
+_NO_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id")
+_NO_EFFECT_ON_CHAT = ("parallel_tool_calls",)
+
+# Fields that are not served yet, with the values, besides null, that ask for nothing.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "include_stop_str_in_output": (False,),
+    "kv_transfer_params": (),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "logits_processors": ([],),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "n": (1,),
+    "presence_penalty": (0,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": (),
+}
+_ONLY_CHAT: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (False,),
+    "audio": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": (),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "include_reasoning": (True,),
+    "logprobs": (False,),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": (),
+    "tool_choice": ("none", "auto"),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_ONLY_COMPLETION: dict[str, tuple[Any, ...]] = {
+    "add_special_tokens": (True,),
+    "echo": (False,),
+    "logprobs": (),
+    "prompt_embeds": (),
+    "suffix": ("",),
+}
+
+
+class RequestType:
+    """One kind of request body: the fields that are served, and those that are only tolerated."""
+
+    def __init__(
+        self, fields: type[_RequestFields], no_effect: tuple[str, ...], only: dict[str, tuple[Any, ...]]
+    ) -> None:
+        self._only = only
+        tolerated = [(name, Any, None) for name in (*no_effect, *only)]
+        self._decoder = msgspec.json.Decoder(
+            msgspec.defstruct(fields.__name__, tolerated, bases=(fields,), kw_only=True, forbid_unknown_fields=True)
+        )
+
+    def decode(self, body: bytes) -> Any:
+        """The request.
+
+        Raises:
+            InvalidRequestError: not JSON, a field is unknown or has a wrong or unsupported value.
+        """
+        try:
+            request = self._decoder.decode(body)
+        except msgspec.ValidationError as error:
+            raise _validation_error(str(error)) from error
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
+        for name, allowed in self._only.items():
+            value = getattr(request, name)
+            if value is not None and not _is_one_of(value, allowed):
+                accepted = " or ".join(msgspec.json.encode(choice).decode() for choice in (*allowed, None))
+                raise InvalidRequestError(f"{name} is not supported: it can only be {accepted}, got {value!r}", name)
+        return request
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    # In Python 0 equals False, in JSON it does not.
+    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in allowed)
+
+
+def _validation_error(message: str) -> InvalidRequestError:
+    """msgspec's message with the field it is about, which it gives as a path such as `$.stop[2]`."""
+    reason, _, path = message.partition(" - at `")
+    unknown = re.search(r"unknown field `(.*)`", reason)
+    missing = re.search(r"missing required field `(.*)`", reason)
+    inner = path.rstrip("`").removeprefix("$").removeprefix(".")
+    if unknown:
+        name = f"{inner}.{unknown[1]}" if inner else unknown[1]
+        return InvalidRequestError(f"{name} is not a field of this request", name)
+    if missing:
+        name = f"{inner}.{missing[1]}" if inner else missing[1]
+        return InvalidRequestError(f"{name} is missing", name)
+    if not inner:
+        return InvalidRequestError(f"the body is wrong: {reason}")
+    return InvalidRequestError(f"{inner}: {reason[:1].lower()}{reason[1:]}", re.split(r"[.\[]", inner)[0])
+
+
+CHAT_REQUEST = RequestType(ChatFields, _NO_EFFECT + _NO_EFFECT_ON_CHAT, _ONLY | _ONLY_CHAT)
+COMPLETION_REQUEST = RequestType(CompletionFields, _NO_EFFECT, _ONLY | _ONLY_COMPLETION)
+
+
+def sampling_params(
+    request: ChatFields | CompletionFields,
+    defaults: SamplingDefaults,
+    max_tokens: int | None,
+    max_tokens_field: str | None = None,
+) -> SamplingParams:
+    """Raises InvalidRequestError if a value is out of its range; what `max_tokens` is called there can be told."""
+
+    def given(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    try:
+        return SamplingParams(
+            temperature=given(request.temperature, defaults.temperature),
+            top_p=given(request.top_p, defaults.top_p),
+            top_k=given(request.top_k, defaults.top_k),
+            seed=request.seed,
+            max_tokens=max_tokens,
+            stop=given(request.stop, ()),
+            stop_token_ids=tuple(given(request.stop_token_ids, ())),
+            ignore_eos=given(request.ignore_eos, False),
+            skip_special_tokens=given(request.skip_special_tokens, True),
+        )
+    except InvalidRequestError as error:
+        if error.param == "max_tokens" and max_tokens_field not in (None, "max_tokens"):
+            raise InvalidRequestError.out_of_range(max_tokens_field, max_tokens, "at least 1") from error
+        raise

@@ -1,0 +1,123 @@
+"""From what a user sends to token ids that the core can be given, with every check that does not need the core.
+
+Shared by HTTP and IPC, so that both refuse the same things in the same words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import Executor
+
+import msgspec
+
+from frontend.tokenizer import Tokenizer
+from protocol.errors import InvalidRequestError
+from protocol.messages import ChatPrompt, EngineInfo, Prompt, TextPrompt, unpack_ints
+from protocol.sampling import SamplingParams
+
+# A text longer than this (a few milliseconds of work) is encoded in a thread, so that running streams do not wait.
+_LONG_TEXT_CHARS = 8192
+
+
+class RenderedPrompt(msgspec.Struct, frozen=True):
+    """A prompt as text, with what encoding it needs to know."""
+
+    text: str
+    add_special_tokens: bool
+    param: str
+
+
+def is_long(rendered: RenderedPrompt | list[int]) -> bool:
+    return isinstance(rendered, RenderedPrompt) and len(rendered.text) > _LONG_TEXT_CHARS
+
+
+class Prompts:
+    """Renders, encodes and checks prompts for one engine."""
+
+    def __init__(self, tokenizer: Tokenizer | None, engine: EngineInfo, executor: Executor) -> None:
+        self._tokenizer = tokenizer
+        self._max_model_len = engine.max_model_len
+        self._vocab_size = engine.vocab_size
+        self._executor = executor
+
+    def render(self, prompt: Prompt) -> RenderedPrompt | list[int]:
+        """The prompt's text, or its token ids if it came as such.
+
+        Raises:
+            InvalidRequestError: it needs a tokenizer or a chat template that is not there, or the template refuses it.
+        """
+        if isinstance(prompt, TextPrompt):
+            self._require_tokenizer("prompt")
+            return RenderedPrompt(prompt.text, True, "prompt")
+        if isinstance(prompt, ChatPrompt):
+            tokenizer = self._require_tokenizer("messages")
+            text = tokenizer.render_chat(prompt.messages, prompt.tools, prompt.template_options)
+            return RenderedPrompt(text, False, "messages")
+        return unpack_ints(prompt.token_ids).tolist()
+
+    def encode(self, rendered: RenderedPrompt | list[int]) -> list[int]:
+        """Checked token ids of a rendered prompt, in this thread."""
+        if isinstance(rendered, list):
+            return self.check(rendered, "prompt")
+        tokenizer = self._require_tokenizer(rendered.param)
+        return self.check(tokenizer.encode(rendered.text, rendered.add_special_tokens), rendered.param)
+
+    async def encode_in_thread(self, rendered: RenderedPrompt | list[int]) -> list[int]:
+        """The same in another thread, for prompts that are long."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self.encode, rendered)
+
+    async def token_ids(self, prompt: Prompt | list[int]) -> list[int]:
+        """Checked token ids of a prompt, without making the event loop wait for a long one.
+
+        Raises:
+            InvalidRequestError: the prompt cannot be served.
+        """
+        rendered = prompt if isinstance(prompt, list) else self.render(prompt)
+        return await self.encode_in_thread(rendered) if is_long(rendered) else self.encode(rendered)
+
+    def check(self, token_ids: list[int], param: str) -> list[int]:
+        """Returns the ids, if they are a prompt that can be served.
+
+        Raises:
+            InvalidRequestError: no ids, ids outside of the vocabulary, or no room for an answer.
+        """
+        if not token_ids:
+            raise InvalidRequestError(f"{param} is empty: it must hold at least one token", param)
+        if len(token_ids) >= self._max_model_len:
+            raise InvalidRequestError(
+                f"{param} has {len(token_ids)} tokens, which leaves no room for an answer: "
+                f"this model's maximum context length is {self._max_model_len} tokens, prompt and answer",
+                param,
+            )
+        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
+            position = next(i for i, token in enumerate(token_ids) if not 0 <= token < self._vocab_size)
+            raise InvalidRequestError(
+                f"{param} holds {token_ids[position]} at position {position}, which is no token id: "
+                f"ids are 0 to {self._vocab_size - 1}",
+                param,
+            )
+        return token_ids
+
+    def fit_max_tokens(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> SamplingParams:
+        """`params` with as many tokens as were asked for and as fit into the context."""
+        room = self._max_model_len - len(prompt_token_ids)
+        if params.max_tokens is not None and params.max_tokens <= room:
+            return params
+        return msgspec.structs.replace(params, max_tokens=room)
+
+    def require_room(self, max_tokens: int, prompt_token_ids: Sequence[int], param: str) -> None:
+        """Raises InvalidRequestError if so many tokens do not fit behind the prompt."""
+        if max_tokens > self._max_model_len - len(prompt_token_ids):
+            raise InvalidRequestError(
+                f"{param} is too large: {max_tokens} tokens behind a prompt of {len(prompt_token_ids)} exceed "
+                f"this model's maximum context length of {self._max_model_len} tokens",
+                param,
+            )
+
+    def _require_tokenizer(self, param: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                "the engine runs without a tokenizer (--skip-tokenizer-init): send the prompt as token ids", param
+            )
+        return self._tokenizer

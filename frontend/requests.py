@@ -1,0 +1,242 @@
+"""The requests that the core is working on, and where their tokens go.
+
+Gives each request an id of its own towards the core, turns a step's tokens into text where text is wanted, and hands
+both to the request's sink. Knows nothing of HTTP or of Python clients beyond the `Sink` interface.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterable
+from typing import Protocol
+
+import msgspec
+
+from frontend.core_link import CoreLink
+from frontend.text_output import TextOutput
+from frontend.tokenizer import Tokenizer
+from protocol.errors import EngineUnavailableError, InvalidRequestError
+from protocol.messages import AbortRequests, AddRequest, Failed, Finished, StepOutputs, pack_ints, unpack_ints
+from protocol.sampling import SamplingParams
+
+_INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
+
+
+class Sink(Protocol):
+    """Receives the outputs of one or more requests. Calls of one step are followed by one `flush`."""
+
+    def add(self, request: RunningRequest, token_id: int, text: str) -> None:
+        """A token of a streaming request, and the text that became final with it."""
+        ...
+
+    def finish(self, request: RunningRequest, text: str, finished: Finished) -> None:
+        """The end: for a streaming request the last of its text, otherwise all of it. No calls follow."""
+        ...
+
+    def fail(self, request: RunningRequest, failed: Failed) -> None:
+        """The request could not be finished. No calls follow."""
+        ...
+
+    def flush(self) -> None: ...
+
+
+class RunningRequest:
+    """One request while the core has it.
+
+    Attributes:
+        core_id: its id towards the core.
+        tag: its id towards the sink.
+        token_ids: the tokens generated so far.
+        text: detokenizer and stop strings, or None if no text is needed before the end.
+        text_parts: the text so far of a request that has stop strings and does not stream.
+    """
+
+    __slots__ = (
+        "core_id",
+        "params",
+        "prompt_token_ids",
+        "sink",
+        "stream",
+        "tag",
+        "text",
+        "text_parts",
+        "token_ids",
+        "wants_text",
+    )
+
+    def __init__(
+        self,
+        core_id: int,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        sink: Sink,
+        tag: int,
+        stream: bool,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.core_id = core_id
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.sink = sink
+        self.tag = tag
+        self.stream = stream
+        self.token_ids: list[int] = []
+        self.wants_text = params.detokenize and tokenizer is not None
+        self.text: TextOutput | None = None
+        self.text_parts: list[str] = []
+        if tokenizer is not None and params.detokenize and (stream or params.stop):
+            self.text = TextOutput(tokenizer.detokenizer(params.skip_special_tokens), params.stop)
+
+
+class RequestTable:
+    """All running requests of this frontend."""
+
+    def __init__(self, core: CoreLink, tokenizer: Tokenizer | None) -> None:
+        self._core = core
+        self._tokenizer = tokenizer
+        self._running: dict[int, RunningRequest] = {}
+        self._core_ids = itertools.count(1)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    async def wait_until_idle(self) -> None:
+        await self._idle.wait()
+
+    def submit(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        sink: Sink,
+        tag: int = 0,
+        *,
+        stream: bool,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> RunningRequest:
+        """Hands a checked request to the core.
+
+        Raises:
+            InvalidRequestError: a field that only this place can check is wrong.
+            EngineUnavailableError: the core does not take requests.
+        """
+        if not _INT32_MIN <= priority <= _INT32_MAX:
+            raise InvalidRequestError.out_of_range("priority", priority, "a signed 32-bit integer")
+        if cache_salt == "":
+            raise InvalidRequestError("cache_salt must not be empty", "cache_salt")
+        if params.stop and self._tokenizer is None:
+            raise InvalidRequestError(
+                "stop needs text, and the engine runs without a tokenizer (--skip-tokenizer-init)", "stop"
+            )
+        request = RunningRequest(next(self._core_ids), prompt_token_ids, params, sink, tag, stream, self._tokenizer)
+        # Stop strings are found here: the core knows no text.
+        core_params = msgspec.structs.replace(params, stop=()) if params.stop else params
+        message = AddRequest(request.core_id, pack_ints(prompt_token_ids), core_params, priority, cache_salt)
+        if not self._core.send(message):
+            raise EngineUnavailableError("the engine core does not take requests at the moment")
+        self._running[request.core_id] = request
+        self._idle.clear()
+        return request
+
+    def abort(self, requests: Iterable[RunningRequest]) -> None:
+        """Forgets requests whose sink has left, and tells the core. Ended ones among them are left alone."""
+        self._abort_in_core([request.core_id for request in requests if self._forget(request)])
+
+    def abort_all(self) -> None:
+        """Ends every request with what it has so far and the finish reason "abort"."""
+        requests = list(self._running.values())
+        self._abort_in_core([request.core_id for request in requests])
+        for request in requests:
+            self._finish(request, Finished(request.core_id, "abort"))
+        self._flush({request.sink for request in requests})
+
+    def fail_all(self, message: str) -> None:
+        """Ends every request with an error: the core is gone."""
+        requests = list(self._running.values())
+        for request in requests:
+            # A sink that finds its receiver gone has its other requests aborted meanwhile.
+            if self._forget(request):
+                request.sink.fail(request, Failed(request.tag, "unavailable", message))
+        self._flush({request.sink for request in requests})
+
+    def on_step(self, step: StepOutputs) -> None:
+        """Distributes what one step produced. A request has at most one token in a step."""
+        running = self._running
+        # The token that ended a request, an end-of-sequence or stop token, is not part of its text.
+        ended_by_token = {finished.request_id for finished in step.finished if finished.reason == "stop"}
+        touched: set[Sink] = set()
+        stopped: list[int] = []
+        for core_id, token_id in zip(
+            unpack_ints(step.request_ids, "<i8").tolist(), unpack_ints(step.token_ids).tolist(), strict=True
+        ):
+            request = running.get(core_id)
+            if request is None:
+                continue
+            request.token_ids.append(token_id)
+            if request.text is not None and core_id not in ended_by_token:
+                text = request.text.feed(token_id)
+                if request.stream:
+                    request.sink.add(request, token_id, text)
+                    touched.add(request.sink)
+                elif text:
+                    request.text_parts.append(text)
+                if request.text.stopped_by is not None:
+                    stopped.append(core_id)
+                    self._finish(request, Finished(core_id, "stop", request.text.stopped_by))
+                    touched.add(request.sink)
+            elif request.stream:
+                request.sink.add(request, token_id, "")
+                touched.add(request.sink)
+        for finished in step.finished:
+            request = running.get(finished.request_id)
+            if request is not None:
+                self._finish(request, finished)
+                touched.add(request.sink)
+        self._abort_in_core(stopped)
+        self._flush(touched)
+
+    def on_failed(self, failed: Failed) -> None:
+        """The core refused a request or could not finish it."""
+        request = self._running.get(failed.request_id)
+        if request is not None:
+            self._forget(request)
+            request.sink.fail(request, Failed(request.tag, failed.kind, failed.message, failed.param))
+            request.sink.flush()
+
+    def _finish(self, request: RunningRequest, finished: Finished) -> None:
+        if not self._forget(request):
+            return
+        parts = request.text_parts
+        stop_reason = finished.stop_reason
+        reason = finished.reason
+        if request.text is not None:
+            if request.text.stopped_by is None:
+                parts.append(request.text.flush())
+            if request.text.stopped_by is not None:
+                reason, stop_reason = "stop", request.text.stopped_by
+        elif request.wants_text and self._tokenizer is not None:
+            ids = request.token_ids[:-1] if reason == "stop" else request.token_ids
+            parts.append(self._tokenizer.decode(ids, request.params.skip_special_tokens))
+        ended = Finished(request.tag, reason, stop_reason, finished.num_cached_tokens)
+        request.sink.finish(request, "".join(parts), ended)
+
+    def _forget(self, request: RunningRequest) -> bool:
+        """Whether the request was still running."""
+        if self._running.pop(request.core_id, None) is None:
+            return False
+        if not self._running:
+            self._idle.set()
+        return True
+
+    def _abort_in_core(self, core_ids: list[int]) -> None:
+        if core_ids:
+            # A core that cannot take this any more is gone, and its requests with it.
+            self._core.send(AbortRequests(pack_ints(core_ids, "<i8")))
+
+    @staticmethod
+    def _flush(sinks: Iterable[Sink]) -> None:
+        for sink in sinks:
+            sink.flush()

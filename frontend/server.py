@@ -1,0 +1,83 @@
+"""The frontend process: HTTP and IPC in front, the engine core behind, text in between.
+
+`python -m frontend.server <configuration file>`, started by the launcher. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+
+from frontend.http_api import make_app
+from frontend.http_server import HttpServer, bind_http, http_url
+from frontend.ipc import IpcServer
+from frontend.service import Service
+from protocol.address import socket_path
+from protocol.process import ChildProcess, run_child
+
+
+async def serve(child: ChildProcess) -> None:
+    """Serves until SIGTERM, then ends in order: running requests get `--shutdown-timeout` to finish.
+
+    Raises:
+        ConfigError: an address cannot be bound or the tokenizer cannot be loaded.
+        EngineError: the core refuses this frontend, or is gone before it was ready.
+    """
+    config = child.config
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    listener = bind_http(config.options.host, config.options.port) if config.options.http else None
+    details: dict[str, str] = {"ipc": config.address}
+    ipc = http = service = None
+    try:
+        service = Service(child.context, config)
+        ipc = IpcServer(child.context, config.address, service)
+        if listener is not None:
+            details["http"] = http_url(listener)
+            http = HttpServer(make_app(service), listener)
+        if await _start_or_stop(service, stop):
+            ipc.engine_ready()
+            child.ready(**details)
+            await stop.wait()
+            await service.drain(config.options.shutdown_timeout)
+    finally:
+        if http is not None:
+            await http.close()
+        if ipc is not None:
+            ipc.close()
+            socket_path(config.address).unlink(missing_ok=True)
+        if service is not None:
+            service.close()
+        if listener is not None:
+            listener.close()
+
+
+async def _start_or_stop(service: Service, stop: asyncio.Event) -> bool:
+    """Whether the engine became ready before it was told to stop."""
+    starting = asyncio.ensure_future(service.start())
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if starting.done():
+        starting.result()
+        return True
+    starting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await starting
+    return False
+
+
+def main(child: ChildProcess) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s frontend %(levelname)s %(message)s")
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(serve(child))
+    else:
+        uvloop.run(serve(child))
+
+
+if __name__ == "__main__":
+    run_child("frontend", main)

@@ -1,0 +1,118 @@
+"""What HTTP and IPC have in common: the engine's state, and everything a request passes through on its way to the core.
+
+Owns the link to the core, the tokenizer and the table of running requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import zmq
+
+from frontend.core_link import CoreLink
+from frontend.prompts import Prompts
+from frontend.requests import RequestTable
+from frontend.tokenizer import Tokenizer
+from frontend.tokenizer_file import tokenizer_file
+from protocol.config import EngineConfig
+from protocol.errors import EngineUnavailableError
+from protocol.messages import EngineInfo, Failed, StepOutputs
+
+logger = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "stopping", "failed"]
+_REASONS: dict[State, str] = {
+    "starting": "the engine is starting",
+    "stopping": "the engine is stopping",
+    "failed": "the engine core is gone",
+}
+
+
+class Service:
+    """The engine as its users see it.
+
+    Attributes:
+        state: "starting" until `start` returns; "failed" when the core went away.
+        engine: what clients are told of the engine. Like `tokenizer`, `prompts` and `requests` set by `start`.
+    """
+
+    engine: EngineInfo
+    tokenizer: Tokenizer | None
+    prompts: Prompts
+    requests: RequestTable
+
+    def __init__(self, context: zmq.Context, config: EngineConfig) -> None:
+        self.config = config
+        self.state: State = "starting"
+        self.core = CoreLink(context, config.core_address, self)
+        # Two threads, so that one very long text does not hold up all others.
+        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
+
+    async def start(self) -> None:
+        """Waits for the core, loading the tokenizer meanwhile.
+
+        Raises:
+            ConfigError: the tokenizer cannot be loaded.
+            EngineError: the core refuses this frontend, or is gone.
+        """
+        engine, self.tokenizer = await asyncio.gather(self.core.ready, self._load_tokenizer())
+        if self.core.is_lost:
+            raise EngineUnavailableError(_REASONS["failed"])
+        self.engine = msgspec.structs.replace(
+            engine, model=self.config.model_name, has_tokenizer=self.tokenizer is not None
+        )
+        self.prompts = Prompts(self.tokenizer, self.engine, self._executor)
+        self.requests = RequestTable(self.core, self.tokenizer)
+        self.state = "ready"
+
+    async def _load_tokenizer(self) -> Tokenizer | None:
+        if self.config.options.skip_tokenizer_init:
+            return None
+        model_path = Path(self.config.model_path)
+        file = await tokenizer_file(model_path, Path(self.config.run_directory))
+        vocab_size = self.config.model_config.vocab_size
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, Tokenizer.load, model_path, file, vocab_size)
+
+    @property
+    def unavailable_reason(self) -> str | None:
+        """Why no request can be taken now, or None if one can."""
+        return _REASONS.get(self.state)
+
+    def require_ready(self) -> None:
+        """Raises EngineUnavailableError, with the reason, if no request can be taken now."""
+        if self.state != "ready":
+            raise EngineUnavailableError(_REASONS[self.state])
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no more requests, lets the running ones finish for so long, and ends the rest where they are."""
+        if self.state != "ready":
+            return
+        self.state = "stopping"
+        try:
+            await asyncio.wait_for(self.requests.wait_until_idle(), timeout_s)
+        except TimeoutError:
+            logger.warning("aborting %d requests that were still running", len(self.requests))
+            self.requests.abort_all()
+
+    def on_step(self, step: StepOutputs) -> None:
+        if self.state != "starting":
+            self.requests.on_step(step)
+
+    def on_failed(self, failed: Failed) -> None:
+        if self.state != "starting":
+            self.requests.on_failed(failed)
+
+    def on_core_lost(self) -> None:
+        started, self.state = self.state != "starting", "failed"
+        if started:
+            self.requests.fail_all(_REASONS["failed"])
+
+    def close(self) -> None:
+        self.core.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)

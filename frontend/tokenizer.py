@@ -1,0 +1,134 @@
+"""A model's tokenizer: text to token ids, ids to text, conversations to prompts.
+
+Reads the files of a Hugging Face model directory with the `tokenizers` package alone, since importing transformers
+would bring torch with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from frontend.chat_template import ChatTemplate
+from frontend.detokenizer import (
+    ByteLevelDetokenizer,
+    Detokenizer,
+    WindowDetokenizer,
+    is_byte_level,
+    token_bytes_table,
+)
+from protocol.errors import ConfigError, InvalidRequestError
+
+_SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Encodes, decodes and renders for one model. Safe to call from several threads."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, vocab_size: int, chat_template: ChatTemplate | None = None
+    ) -> None:
+        """`vocab_size` is the model's, which may exceed the tokenizer's: ids without a token decode to nothing."""
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._chat_template = chat_template
+        self._token_bytes: dict[bool, list[bytes]] = {}
+        if is_byte_level(backend):
+            for skip_special_tokens in (False, True):
+                self._token_bytes[skip_special_tokens] = token_bytes_table(backend, vocab_size, skip_special_tokens)
+
+    @classmethod
+    def load(cls, model_path: Path, file: Path, vocab_size: int) -> Tokenizer:
+        """Reads `file`, the model's tokenizer.json, and what the model directory says beside it.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:
+            # The package raises bare Exception for whatever is wrong with the file.
+            raise ConfigError(f"{file} cannot be read: {error}") from error
+        settings = _read_json(model_path / "tokenizer_config.json")
+        _add_missing_tokens(backend, settings)
+        return cls(backend, vocab_size, _load_chat_template(model_path, settings))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens around it that the model was trained with, if it was."""
+        # The batch form releases the interpreter while it works, so that a long text does not stop the event loop.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh incremental detokenizer for one sequence."""
+        if self._token_bytes:
+            return ByteLevelDetokenizer(self._token_bytes[skip_special_tokens])
+        return WindowDetokenizer(self._backend, skip_special_tokens)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt of a conversation, to be encoded without special tokens: the template writes its own.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or the template refuses the messages.
+        """
+        if self._chat_template is None:
+            raise InvalidRequestError(
+                "the model has no chat template: use /v1/completions or a text prompt", "messages"
+            )
+        return self._chat_template.render(messages, tools, options)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not {type(data).__name__}")
+    return data
+
+
+def _add_missing_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Adds tokens that only tokenizer_config.json knows, as transformers does."""
+    added = settings.get("added_tokens_decoder") or {}
+    for token_id, token in sorted(added.items(), key=lambda item: int(item[0])):
+        if backend.token_to_id(token["content"]) is None and int(token_id) == backend.get_vocab_size():
+            options = {name: token[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in token}
+            backend.add_tokens(
+                [tokenizers.AddedToken(token["content"], special=token.get("special", False), **options)]
+            )
+
+
+def _load_chat_template(model_path: Path, settings: Mapping[str, Any]) -> ChatTemplate | None:
+    special_tokens = {
+        name: text for name in _SPECIAL_TOKEN_NAMES if (text := _token_text(settings.get(name))) is not None
+    }
+    file = model_path / "chat_template.jinja"
+    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    if not template:
+        return None
+    if isinstance(template, str):
+        return ChatTemplate(template, special_tokens)
+    named = {entry["name"]: entry["template"] for entry in template}
+    if "default" not in named:
+        raise ConfigError(f"{model_path / 'tokenizer_config.json'}: chat_template has no entry named 'default'")
+    return ChatTemplate(named["default"], special_tokens, named.get("tool_use"))
+
+
+def _token_text(token: Any) -> str | None:
+    """Special tokens are written as their text or as an object that holds it."""
+    return token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,114 @@
+"""On a GPU, in bf16: the attention backends agree with dense fp64 attention, and replay from CUDA graphs exactly."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+from worker.attention import AttentionBackend, create_backend
+from worker.attention.testing import PagedBatch, dense_attention, random_batch
+
+BACKENDS = ["triton"] + ["flash_attn"] * (importlib.util.find_spec("flash_attn") is not None)
+SHAPES = [(16, 8, 128), (4, 2, 64), (32, 4, 128), (40, 8, 128)]  # heads, key/value heads, head_dim
+
+DECODE = {
+    "1 x 1": [1],
+    "1 x 8000": [8000],
+    "boundaries": [15, 16, 17, 255, 256, 257, 4095, 4096, 4097],
+    "64 x 400": [400] * 64,
+    "one of 8000 and 63 of 100": [100] * 30 + [8000] + [100] * 33,
+    "512 x 1..1021": [1 + (row * 389) % 1021 for row in range(512)],
+    "padding": [100, 2000, 0, 0, 0],
+}
+# query lengths, cached lengths, decode rows, padding tokens
+PREFILL = {
+    "prompts": ([100, 1, 16, 1024, 257], [100, 1, 16, 1024, 257], 0, 0),
+    "chunks": ([100, 1, 700], [4000, 50, 1500], 0, 60),
+    "mixed": ([1] * 40 + [300, 0, 65], [700] * 39 + [5, 300, 0, 129], 40, 5),
+    "a long prompt": ([3000], [3000], 0, 0),
+}
+
+
+def make(name: str, batch: PagedBatch) -> AttentionBackend:
+    _, block_size, num_kv_heads, head_dim = batch.key_cache.shape
+    return create_backend(
+        name,
+        num_heads=batch.query.shape[1],
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        max_rows=len(batch.metadata.row_slots),
+        max_blocks_per_row=batch.metadata.block_table.shape[1],
+        device=torch.device("cuda"),
+        dtype=batch.query.dtype,
+    )
+
+
+def run(backend: AttentionBackend, batch: PagedBatch) -> torch.Tensor:
+    backend.prepare(batch.metadata)
+    return backend.forward(batch.query, batch.key_cache, batch.value_cache, batch.metadata)
+
+
+def check(name: str, batch: PagedBatch) -> None:
+    backend = make(name, batch)
+    out = run(backend, batch)
+    expected = dense_attention(batch)
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < 4e-3, f"relative error {error}"
+    torch.testing.assert_close(out.double(), expected, atol=2e-2, rtol=2e-2)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(backend, batch)
+    for _ in range(3):
+        captured.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured, out)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("lens", DECODE)
+def test_decode(lens: str, shape: tuple[int, int, int], name: str) -> None:
+    heads, kv_heads, head_dim = shape
+    kv_lens = DECODE[lens]
+    for block_size in (256,) if name == "flash_attn" else (16, 256):
+        check(name, random_batch(
+            [1] * len(kv_lens), kv_lens, num_decode_rows=len(kv_lens), num_heads=heads, num_kv_heads=kv_heads,
+            head_dim=head_dim, block_size=block_size, dtype=torch.bfloat16, device="cuda",
+        ))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("step", PREFILL)
+def test_prefill(step: str, shape: tuple[int, int, int], name: str) -> None:
+    heads, kv_heads, head_dim = shape
+    query_lens, kv_lens, decode, padding = PREFILL[step]
+    for block_size in (256,) if name == "flash_attn" else (16, 256):
+        check(name, random_batch(
+            query_lens, kv_lens, num_decode_rows=decode, padding_tokens=padding, num_heads=heads,
+            num_kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=torch.bfloat16, device="cuda",
+        ))  # fmt: skip
+
+
+def test_a_graph_follows_the_lengths_it_finds() -> None:
+    """The schedule is made on the device: a captured step serves other lengths and slots than it was captured with."""
+    batch = random_batch([1] * 32, [3000] * 32, num_decode_rows=32, num_heads=16, num_kv_heads=8, head_dim=128,
+                         dtype=torch.bfloat16, device="cuda")  # fmt: skip
+    backend = make("triton", batch)
+    run(backend, batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(backend, batch)
+    for kv_lens in ([1] * 32, [3000] + [7] * 31, list(range(50, 82)), [0] * 31 + [2999]):
+        batch.metadata.kv_lens.copy_(torch.tensor(kv_lens))
+        graph.replay()
+        expected = dense_attention(batch)
+        torch.testing.assert_close(captured.double(), expected, atol=2e-2, rtol=2e-2)

@@ -1,0 +1,171 @@
+"""The engine on a GPU in bf16: graphs equal eager, backends agree, and the error is the number format's own."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocol.sampling import SamplingParams
+from tests.support.engine import InProcessEngine
+from tests.support.models import make_random_model, random_prompts, reference_model
+
+VOCAB = 4096
+# The number of blocks is set, since several engines share the device here.
+OPTIONS = {
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "max_model_len": 1280,
+    "max_num_seqs": 64,
+    "num_gpu_blocks_override": 4096,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with the 0.6B's layer shape, fewer layers and a smaller vocabulary."""
+    return make_random_model(
+        tmp_path_factory.mktemp("qwen3"),
+        vocab_size=VOCAB,
+        hidden_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.07,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return random_prompts(48, VOCAB, longest=1100)
+
+
+def greedy(max_tokens: int = 40) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def engine(model: Path, **options: object) -> InProcessEngine:
+    return InProcessEngine(model, **(OPTIONS | options))
+
+
+@dataclass(frozen=True)
+class Bf16Error:
+    """How far transformers' own bf16 is from its fp32 on the prompts, over all positions."""
+
+    largest: float  # in any logit
+    flips: float  # share of positions at which the most likely token is another
+
+    @property
+    def epsilon(self) -> float:
+        """Answers may part where the fp32 reference's best logits are closer than this: one error for each token."""
+        return 2 * self.largest
+
+
+@pytest.fixture(scope="module")
+def bf16_error(model: Path, prompts: list[list[int]]) -> Bf16Error:
+    exact, halves = (reference_model(model, dtype, "cuda") for dtype in (torch.float32, torch.bfloat16))
+    largest, flips = 0.0, 0
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device="cuda")
+        with torch.inference_mode():
+            expected, got = exact(ids).logits, halves(ids).logits.float()
+        largest = max(largest, (got - expected).abs().max().item())
+        flips += int((got.argmax(-1) != expected.argmax(-1)).sum())
+    return Bf16Error(largest, flips / sum(map(len, prompts)))
+
+
+def assert_equal_up_to_ties(
+    model: Path, prompts: list[list[int]], first: list[list[int]], second: list[list[int]], error: Bf16Error
+) -> None:
+    reference = reference_model(model, torch.float32, "cuda")
+    parted = agreed = 0
+    for prompt, a, b in zip(prompts, first, second, strict=True):
+        assert len(a) == len(b)
+        if a == b:
+            agreed += len(a)
+            continue
+        parted += 1
+        index = next(i for i in range(len(a)) if a[i] != b[i])
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + a[:index]], device="cuda")).logits[0, -1]
+        top = logits.max()
+        assert top - logits[a[index]] < error.epsilon, f"position {index}: {a[index]} is not among the best"
+        assert top - logits[b[index]] < error.epsilon, f"position {index}: {b[index]} is not among the best"
+        agreed += index
+    # Two computations in bf16 may each flip a decision as often as transformers' does.
+    assert parted / (parted + agreed) <= 2 * error.flips
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_graphs_and_eager_give_the_same_tokens(model: Path, prompts: list[list[int]], temperature: float) -> None:
+    params = [
+        SamplingParams(
+            temperature=temperature * (i % 3), top_p=1 - 0.1 * (i % 2), seed=i, max_tokens=24, ignore_eos=True
+        )
+        for i in range(len(prompts))
+    ]
+    with_graphs = engine(model).generate(prompts, params)
+    assert engine(model, enforce_eager=True).generate(prompts, params) == with_graphs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"async_scheduling": False},
+        {"max_num_batched_tokens": 64},
+        {"max_num_seqs": 16, "num_gpu_blocks_override": 82},
+        {"block_size": 256},
+        {"enable_prefix_caching": False},
+        {"attention_backend": "torch"},
+        {"attention_backend": "flash_attn"},
+    ],
+    ids=str,
+)
+def test_answers_agree_up_to_ties(model: Path, prompts: list[list[int]], bf16_error: Bf16Error, options: dict) -> None:
+    if options.get("attention_backend") == "flash_attn" and find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    expected = engine(model).generate(prompts, greedy())
+    other = engine(model, **options)
+    assert_equal_up_to_ties(model, prompts, other.generate(prompts, greedy()), expected, bf16_error)
+    if "num_gpu_blocks_override" in options:
+        assert other.scheduler.stats().num_preemptions > 0
+    if other.config.options.enable_prefix_caching:
+        assert_equal_up_to_ties(model, prompts, other.generate(prompts, greedy()), expected, bf16_error)
+        assert other.scheduler.stats().prefix_cache_hits > 0
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash_attn"])
+def test_error_is_at_most_that_of_transformers_own_bf16(model: Path, prompts: list[list[int]], backend: str) -> None:
+    if backend == "flash_attn" and find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    exact = reference_model(model, torch.float32, "cuda")
+    halves = reference_model(model, torch.bfloat16, "cuda")
+    ours = engine(model, attention_backend=backend, max_num_seqs=48)
+    answers = ours.generate(prompts, greedy(8))
+    errors = {"ours": 0.0, "transformers": 0.0}
+    # Teacher-forced: the last position of each prompt with its answer, prefilled, and then decoded for one more token.
+    for prompt, answer in zip(prompts, answers, strict=True):
+        sequence = torch.tensor([prompt + answer], device="cuda")
+        with torch.inference_mode():
+            expected = exact(sequence).logits[0, -1]
+            errors["transformers"] += (halves(sequence).logits[0, -1].float() - expected).square().sum().item()
+            ours.generate([sequence[0].tolist()], greedy(1))
+            got = ours.runner._model.logits(ours.runner._head_input[:1])[0]
+            errors["ours"] += (got.float() - expected).square().sum().item()
+    assert errors["ours"] ** 0.5 <= 1.1 * errors["transformers"] ** 0.5
+
+
+def test_nothing_is_left_on_the_device(model: Path, prompts: list[list[int]]) -> None:
+    running = engine(model)
+    running.generate(prompts, greedy())
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        running.generate(prompts, SamplingParams(temperature=1.0, top_p=0.9, max_tokens=40, ignore_eos=True))
+    assert torch.cuda.memory_allocated() == before
+    stats = running.scheduler.stats()
+    assert stats.num_free_blocks == stats.num_blocks

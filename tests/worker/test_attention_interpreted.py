@@ -1,0 +1,189 @@
+"""The Triton attention kernels agree with dense fp64 attention and their references, in Triton's interpreter.
+
+The interpreter is chosen when Triton is imported, for the whole process: test_kernels.py runs this file in one of
+its own, with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_kernels.py in Triton's interpreter", allow_module_level=True)
+
+from worker.attention import create_backend
+from worker.attention.testing import PagedBatch, dense_attention, random_batch
+from worker.kernels.attention_decode import (
+    DecodeWorkspace,
+    paged_decode_attention,
+    paged_decode_attention_reference,
+    schedule_decode,
+)
+from worker.kernels.attention_prefill import paged_prefill_attention, paged_prefill_attention_reference
+
+SHAPES = [  # heads, key/value heads, head_dim, block_size
+    (2, 2, 64, 16),
+    (4, 2, 64, 64),
+    (4, 1, 128, 32),
+    (8, 1, 128, 256),
+    (5, 1, 64, 16),
+]
+
+DECODE = {
+    "one token": [1],
+    "block and tile boundaries": [15, 16, 17, 63, 64, 65, 128, 129],
+    "one long row among short ones": [900, 1, 9, 10, 11, 100],
+    "padding rows": [20, 0, 33, 0],
+    "only padding": [0, 0],
+    "one long row": [1300],
+}
+
+PREFILL = {  # query lengths, cached lengths, decode rows before them, padding tokens
+    "one token": ([1], [1], 0, 0),
+    "prompts": ([16, 1, 33, 65], [16, 1, 33, 65], 0, 0),
+    "chunk after a cached prefix": ([5, 70], [21, 199], 0, 3),
+    "decode rows first": ([1, 1, 7, 1, 40], [64, 3, 7, 30, 57], 2, 0),
+    "padding rows and tokens": ([8, 0, 3, 0], [8, 0, 19, 0], 0, 90),
+    "null rows with tokens": ([8, 2, 40], [8, 0, 0], 0, 0),
+}
+
+
+def assert_agrees(out: torch.Tensor, batch: PagedBatch, first: int = 0) -> None:
+    torch.testing.assert_close(out[first:].double(), dense_attention(batch)[first:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("lens", DECODE)
+def test_decode_kernel_and_reference_agree_with_dense_attention(
+    lens: str, shape: tuple[int, int, int, int]
+) -> None:
+    kv_lens = DECODE[lens]
+    rows = len(kv_lens)
+    heads, kv_heads, head_dim, block_size = shape
+    batch = random_batch(
+        [1] * rows,
+        kv_lens,
+        num_decode_rows=rows,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+    )
+    metadata = batch.metadata
+    workspace = DecodeWorkspace.create(
+        max_rows=rows + 5,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    schedule_decode(metadata.row_slots, metadata.kv_lens, rows, workspace)
+    count = int(workspace.num_items)
+    assert rows <= count <= rows + workspace.splits
+    items = workspace.items[:count]
+    assert int((items[:, 2] - items[:, 1]).sum()) == sum(kv_lens)
+    if max(kv_lens) > 2 * workspace.config.min_chunk:
+        assert count > rows  # the long row is shared out
+    for _ in range(2):  # the counters that the first launch leaves serve the second
+        out = torch.full((rows, heads, head_dim), float("nan"))
+        paged_decode_attention(
+            batch.query,
+            batch.key_cache,
+            batch.value_cache,
+            metadata.block_table,
+            workspace,
+            head_dim**-0.5,
+            out,
+        )
+        assert_agrees(out, batch)
+        assert not workspace.arrived.any()
+    reference = torch.full_like(out, float("nan"))
+    paged_decode_attention_reference(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        metadata.block_table,
+        metadata.row_slots,
+        metadata.kv_lens,
+        head_dim**-0.5,
+        reference,
+    )
+    assert_agrees(reference, batch)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("step", PREFILL)
+def test_prefill_kernel_and_reference_agree_with_dense_attention(
+    step: str, shape: tuple[int, int, int, int]
+) -> None:
+    query_lens, kv_lens, decode, padding = PREFILL[step]
+    heads, kv_heads, head_dim, block_size = shape
+    batch = random_batch(
+        query_lens,
+        kv_lens,
+        num_decode_rows=decode,
+        padding_tokens=padding,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+    )
+    metadata = batch.metadata
+    for attend in (paged_prefill_attention, paged_prefill_attention_reference):
+        out = torch.full((batch.query.shape[0], heads, head_dim), float("nan"))
+        attend(
+            batch.query,
+            batch.key_cache,
+            batch.value_cache,
+            metadata.block_table,
+            metadata.row_slots,
+            metadata.query_start,
+            metadata.kv_lens,
+            head_dim**-0.5,
+            decode,
+            out,
+        )
+        assert out[:decode].isnan().all()  # the decode rows are not its to write
+        assert_agrees(out, batch, decode)
+
+
+def test_prefill_of_many_tokens_uses_the_large_tile() -> None:
+    batch = random_batch([200, 100], [200, 150], num_heads=8, num_kv_heads=4)
+    out = torch.full((300, 8, 64), float("nan"))
+    metadata = batch.metadata
+    paged_prefill_attention(
+        batch.query,
+        batch.key_cache,
+        batch.value_cache,
+        metadata.block_table,
+        metadata.row_slots,
+        metadata.query_start,
+        metadata.kv_lens,
+        64**-0.5,
+        0,
+        out,
+    )
+    assert_agrees(out, batch)
+
+
+@pytest.mark.parametrize("step", PREFILL)
+def test_triton_backend_agrees_with_dense_attention(step: str) -> None:
+    query_lens, kv_lens, decode, padding = PREFILL[step]
+    batch = random_batch(query_lens, kv_lens, num_decode_rows=decode, padding_tokens=padding)
+    backend = create_backend(
+        "triton",
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        block_size=16,
+        max_rows=16,
+        max_blocks_per_row=99,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    backend.prepare(batch.metadata)
+    assert_agrees(backend.forward(batch.query, batch.key_cache, batch.value_cache, batch.metadata), batch)

@@ -1,0 +1,388 @@
+"""Paged attention for rows of one query token each (decode), with the work split by cached tokens.
+
+Once a step, `schedule_decode` cuts the rows' caches on the device into work items of about equal size, so that one
+long row among short ones leaves no SM idle; every layer's `paged_decode_attention` then runs one program per item
+and key/value head. Knows nothing of prefill: rows with more query tokens are attention_prefill.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from worker.kernels._triton import cdiv, next_power_of_2, tl, triton
+
+_ITEM = 8  # int32 fields of a work item (32 bytes, one sector): slot, start, end, row, first item of the row, count
+_COMBINE = 64  # fp32 values a thread of the combining program loads together
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How the decode kernel is compiled for one device."""
+
+    tile: int  # cached tokens a loop iteration
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int  # programs that fit an SM together, which the split aims to fill
+    min_chunk: int  # cached tokens below which a row is not split: a second program costs more than it saves
+
+
+def decode_config(capability: tuple[int, int], head_dim: int, element_size: int) -> DecodeConfig:
+    """The configuration for a device of `capability`, within its shared memory (99 KiB on sm_89 and sm_120)."""
+    token_bytes = 2 * next_power_of_2(head_dim) * element_size  # a key and a value
+    tile = 64 if token_bytes <= 512 else 32
+    large = capability in ((8, 0), (9, 0), (10, 0), (10, 3))  # at least 163 KiB of shared memory
+    return DecodeConfig(
+        tile=tile, num_warps=2, num_stages=4 if large else 3, programs_per_sm=3 if large else 2, min_chunk=128
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWorkspace:
+    """Device memory that scheduling and splitting need; one serves all layers, which run one after another."""
+
+    config: DecodeConfig
+    splits: int  # work items that the split aims at; a step has at most rows + splits of them
+    max_rows: int
+    items: torch.Tensor  # [max_rows + splits, _ITEM] int32
+    num_items: torch.Tensor  # [1] int32
+    arrived: torch.Tensor  # [max_rows, num_kv_heads] int32, items done of a row; every launch leaves it zero
+    partial_out: torch.Tensor  # [max_rows + splits, num_heads, head_dim] fp32
+    partial_lse: torch.Tensor  # [max_rows + splits, num_heads] fp32, log2 of the sum of exponentials
+
+    @staticmethod
+    def create(
+        *,
+        max_rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> DecodeWorkspace:
+        """Allocates the workspace for steps of at most `max_rows` decode rows."""
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            capability, processors = (properties.major, properties.minor), properties.multi_processor_count
+        else:  # Triton's interpreter
+            capability, processors = (8, 0), 4
+        config = decode_config(capability, head_dim, dtype.itemsize)
+        splits = max(1, processors * config.programs_per_sm // num_kv_heads)
+        max_items = max_rows + splits
+        return DecodeWorkspace(
+            config=config,
+            splits=splits,
+            max_rows=max_rows,
+            items=torch.zeros((max_items, _ITEM), dtype=torch.int32, device=device),
+            num_items=torch.zeros(1, dtype=torch.int32, device=device),
+            arrived=torch.zeros((max_rows, num_kv_heads), dtype=torch.int32, device=device),
+            partial_out=torch.empty((max_items, num_heads, head_dim), dtype=torch.float32, device=device),
+            partial_lse=torch.empty((max_items, num_heads), dtype=torch.float32, device=device),
+        )
+
+
+@triton.jit(
+    do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=["row_slots_ptr", "kv_lens_ptr"]
+)
+def _schedule_kernel(
+    row_slots_ptr,
+    kv_lens_ptr,
+    items_ptr,
+    num_items_ptr,
+    rows,
+    splits,
+    TILE: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITEM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    offsets = tl.arange(0, ROWS)
+    in_rows = offsets < rows
+    lens = tl.load(kv_lens_ptr + offsets, mask=in_rows, other=0)
+    # Summed over rows, ceil(len / chunk) <= splits + rows, which bounds the launch whatever the lengths are.
+    chunk = (tl.sum(lens, axis=0) + splits - 1) // splits
+    chunk = tl.maximum((chunk + TILE - 1) // TILE * TILE, MIN_CHUNK)
+    # A row's items are made equal; a row without tokens keeps one item, which writes its zeros.
+    count = tl.maximum((lens + chunk - 1) // chunk, 1)
+    share = ((lens + count - 1) // count + TILE - 1) // TILE * TILE
+    count = tl.where(in_rows, tl.maximum((lens + share - 1) // tl.maximum(share, 1), 1), 0)
+    first = tl.sum(tl.where(offsets < row, count, 0), axis=0)
+    mine = offsets == row
+    items = tl.sum(tl.where(mine, count, 0), axis=0)
+    length = tl.sum(tl.where(mine, lens, 0), axis=0)
+    step = tl.sum(tl.where(mine, share, 0), axis=0)
+    if row == 0:
+        tl.store(num_items_ptr, tl.sum(count, axis=0))
+    slot = tl.load(row_slots_ptr + row)
+    zero = tl.zeros((BLOCK,), dtype=tl.int32)
+    for base in range(0, items, BLOCK):
+        split = base + tl.arange(0, BLOCK)
+        mask = split < items
+        item_ptr = items_ptr + (first + split) * ITEM
+        tl.store(item_ptr, zero + slot, mask=mask)
+        tl.store(item_ptr + 1, split * step, mask=mask)
+        tl.store(item_ptr + 2, tl.minimum((split + 1) * step, length), mask=mask)
+        tl.store(item_ptr + 3, zero + row, mask=mask)
+        tl.store(item_ptr + 4, zero + first, mask=mask)
+        tl.store(item_ptr + 5, zero + items, mask=mask)
+
+
+def schedule_decode(
+    row_slots: torch.Tensor, kv_lens: torch.Tensor, rows: int, workspace: DecodeWorkspace
+) -> None:
+    """Cuts the first `rows` rows into work items, once a step, for every layer's `paged_decode_attention`.
+
+    A program a row; each computes the whole schedule from the lengths (2 KB from the L2) and writes its own part.
+
+    Args:
+        row_slots: [>= rows] int32, slot of each row.
+        kv_lens: [>= rows] int32, cached tokens of each row; 0 for padding.
+        rows: decode rows, at most `workspace.max_rows`.
+        workspace: written.
+    """
+    config = workspace.config
+    assert rows <= workspace.max_rows
+    _schedule_kernel[(rows,)](
+        row_slots,
+        kv_lens,
+        workspace.items,
+        workspace.num_items,
+        rows,
+        workspace.splits,
+        TILE=config.tile,
+        MIN_CHUNK=config.min_chunk,
+        ROWS=next_power_of_2(workspace.max_rows),
+        ITEM=_ITEM,
+        BLOCK=32,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _decode_kernel(
+    query_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    block_table_ptr,
+    items_ptr,
+    num_items_ptr,
+    arrived_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    query_stride,
+    cache_stride,
+    table_stride,
+    scale_log2,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    ITEM: tl.constexpr,
+    GROUP_POW2: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    # Loaded together, before the first is looked at: every wait here is a memory latency that a short step feels.
+    num_items = tl.load(num_items_ptr)
+    item_ptr = items_ptr + item * ITEM
+    slot = tl.load(item_ptr)
+    start = tl.load(item_ptr + 1)
+    end = tl.load(item_ptr + 2)
+    row = tl.load(item_ptr + 3)
+    first_item = tl.load(item_ptr + 4)
+    items = tl.load(item_ptr + 5)
+    if item >= num_items:
+        return
+
+    group = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, DIM)
+    offsets = tl.arange(0, TILE)
+    in_dim = dims < HEAD_DIM
+    in_heads = (group < GROUP)[:, None] & in_dim[None, :]
+    head_offset = (kv_head * GROUP + group)[:, None] * HEAD_DIM + dims[None, :]
+    query = tl.load(query_ptr + row.to(tl.int64) * query_stride + head_offset, mask=in_heads, other=0.0)
+
+    table_ptr = block_table_ptr + slot.to(tl.int64) * table_stride
+    cache_offset = kv_head * HEAD_DIM + dims
+    maximum = tl.full((GROUP_PAD,), -float("inf"), dtype=tl.float32)
+    total = tl.zeros((GROUP_PAD,), dtype=tl.float32)
+    acc = tl.zeros((GROUP_PAD, DIM), dtype=tl.float32)
+    for tile_start in range(start, end, TILE):
+        position = tile_start + offsets
+        valid = position < end
+        if TILE <= BLOCK_SIZE:  # the tile lies in one block, as `start` is a multiple of TILE
+            block = tl.load(table_ptr + tile_start // BLOCK_SIZE).to(tl.int64)
+            cache_slot = block * BLOCK_SIZE + tile_start % BLOCK_SIZE + offsets
+        else:
+            block = tl.load(table_ptr + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+            cache_slot = block * BLOCK_SIZE + position % BLOCK_SIZE
+        # What lies past a row's end may be another request's NaN, so it is not loaded: 0 * NaN is NaN.
+        mask = valid[:, None]
+        if DIM != HEAD_DIM:
+            mask = mask & in_dim[None, :]
+        where = cache_slot[:, None] * cache_stride + cache_offset[None, :]
+        key = tl.load(key_cache_ptr + where, mask=mask, other=0.0)
+        value = tl.load(value_cache_ptr + where, mask=mask, other=0.0)
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        score = tl.where(valid[None, :], score, -float("inf"))
+        new_maximum = tl.maximum(maximum, tl.max(score, axis=1) * scale_log2)
+        rescale = tl.exp2(maximum - new_maximum)
+        weight = tl.exp2(score * scale_log2 - new_maximum[:, None])
+        total = total * rescale + tl.sum(weight, axis=1)
+        acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+        maximum = new_maximum
+
+    out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    out_row_ptr = out_ptr + row.to(tl.int64) * (NUM_HEADS * HEAD_DIM)
+    if items == 1:
+        tl.store(out_row_ptr + head_offset, out.to(out_ptr.dtype.element_ty), mask=in_heads)
+        return
+
+    lse_offset = kv_head * GROUP + group
+    tl.store(partial_out_ptr + item.to(tl.int64) * (NUM_HEADS * HEAD_DIM) + head_offset, out, mask=in_heads)
+    tl.store(partial_lse_ptr + item * NUM_HEADS + lse_offset, maximum + tl.log2(total), mask=group < GROUP)
+    # The program that finishes a row last combines it. The barrier puts every thread's partial results before the
+    # count (release); the count's acquire, and reading past the L1, put the other programs' before what follows.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrived_ptr + row * NUM_KV_HEADS + kv_head, 1, sem="acq_rel", scope="gpu")
+    if arrived == items - 1:
+        tl.store(arrived_ptr + row * NUM_KV_HEADS + kv_head, 0)
+        # Partial results of all heads and several items are loaded together: [items, heads, dims].
+        splits = tl.arange(0, SPLITS_AT_ONCE)
+        member = tl.arange(0, GROUP_POW2)
+        head = kv_head * GROUP + member
+        in_group = member < GROUP
+        best = tl.full((GROUP_POW2,), -float("inf"), dtype=tl.float32)
+        denominator = tl.zeros((GROUP_POW2,), dtype=tl.float32)
+        combined = tl.zeros((GROUP_POW2, DIM), dtype=tl.float32)
+        for base in range(0, items, SPLITS_AT_ONCE):
+            mask = (base + splits < items)[:, None] & in_group[None, :]
+            at = (first_item + base + splits).to(tl.int64)[:, None] * NUM_HEADS + head[None, :]
+            lse = tl.load(partial_lse_ptr + at, mask=mask, other=-float("inf"), cache_modifier=".cg")
+            part = tl.load(
+                partial_out_ptr + at[:, :, None] * HEAD_DIM + dims[None, None, :],
+                mask=mask[:, :, None] & in_dim[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_best = tl.maximum(best, tl.max(lse, axis=0))
+            new_best = tl.where(in_group, new_best, 0.0)
+            share = tl.exp2(lse - new_best[None, :])
+            rescale = tl.exp2(best - new_best)
+            denominator = denominator * rescale + tl.sum(share, axis=0)
+            combined = combined * rescale[:, None] + tl.sum(part * share[:, :, None], axis=0)
+            best = new_best
+        combined = combined / tl.where(in_group, denominator, 1.0)[:, None]
+        tl.store(
+            out_row_ptr + head[:, None] * HEAD_DIM + dims[None, :],
+            combined.to(out_ptr.dtype.element_ty),
+            mask=in_group[:, None] & in_dim[None, :],
+        )
+
+
+def paged_decode_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    workspace: DecodeWorkspace,
+    scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Attends each row's one query token to its cache, by the schedule that `workspace` holds.
+
+    Flash-Decoding (Dao et al. 2023): a row's cache is split over programs, whose partial results, each with its
+    log-sum-exp, are combined in fp32 by the last of them to finish; a row of one item needs no combination. All
+    query heads of a key/value head share one read of it.
+    Moves 2 * Hkv * D elements a cached token; 4 * Hq * D flops a cached token.
+
+    Args:
+        query: [rows, Hq, D]; the heads of a row are contiguous, rows may be strided.
+        key_cache, value_cache: [num_blocks, block_size, Hkv, D], contiguous; block_size a power of two >= 16.
+        block_table: [slots + 1, max_blocks] int32.
+        workspace: as `schedule_decode` left it for these rows.
+        scale: factor of the scores, usually D ** -0.5.
+        out: [rows, Hq, D], contiguous, written; zero for rows without cached tokens.
+
+    Returns:
+        `out`.
+    """
+    rows, num_heads, head_dim = query.shape
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    config = workspace.config
+    _decode_kernel[(num_kv_heads, rows + workspace.splits)](
+        query,
+        key_cache,
+        value_cache,
+        block_table,
+        workspace.items,
+        workspace.num_items,
+        workspace.arrived,
+        workspace.partial_out,
+        workspace.partial_lse,
+        out,
+        query.stride(0),
+        key_cache.stride(1),
+        block_table.stride(0),
+        scale * math.log2(math.e),
+        **decode_constants(num_heads, num_kv_heads, head_dim, block_size, config, query.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+def decode_constants(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    config: DecodeConfig,
+    dtype: torch.dtype,
+) -> dict[str, int | str]:
+    """The compile-time constants of the decode kernel."""
+    group = num_heads // num_kv_heads
+    group_pow2, dim = next_power_of_2(group), next_power_of_2(head_dim)
+    return {
+        "NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim, "DIM": dim,
+        "GROUP": group, "GROUP_PAD": max(16, group_pow2), "GROUP_POW2": group_pow2,
+        "BLOCK_SIZE": block_size, "TILE": config.tile,
+        "ITEM": _ITEM, "SPLITS_AT_ONCE": max(1, _COMBINE * 32 * config.num_warps // (group_pow2 * dim)),
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+
+
+def paged_decode_attention_reference(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    row_slots: torch.Tensor,
+    kv_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """`schedule_decode` and `paged_decode_attention` together in plain torch, row by row, in fp32."""
+    block_size, num_kv_heads = key_cache.shape[1:3]
+    for row, (slot, kv_len) in enumerate(zip(row_slots.tolist(), kv_lens.tolist(), strict=True)):
+        if kv_len == 0:
+            out[row] = 0
+            continue
+        blocks = block_table[slot, : cdiv(kv_len, block_size)].long()
+        key = key_cache[blocks].flatten(0, 1)[:kv_len].float()
+        value = value_cache[blocks].flatten(0, 1)[:kv_len].float()
+        grouped = query[row].float().unflatten(0, (num_kv_heads, -1))
+        score = torch.einsum("hgd,thd->hgt", grouped, key) * scale
+        out[row] = torch.einsum("hgt,thd->hgd", score.softmax(-1), value).flatten(0, 1)
+    return out
