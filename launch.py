@@ -152,14 +152,8 @@ class Launcher:
             f"ready in {time.monotonic() - self._started:.1f} s",
         ]
         if "http" in frontend:
-            lines += [
-                f"HTTP    {frontend['http']}/v1",
-                f"IPC     {self._config.address}",
-                "",
-                "Try it:",
-                f"  curl {frontend['http']}/v1/chat/completions -H 'Content-Type: application/json' \\",
-                """    -d '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'""",
-            ]
+            lines += [f"HTTP    {frontend['http']}/v1", f"IPC     {self._config.address}", "", "Try it:"]
+            lines += _example_request(str(frontend["http"]), self._config)
         else:
             lines.append(f"IPC     {self._config.address}")
         print("\n".join(lines), flush=True)
@@ -181,6 +175,14 @@ class Launcher:
     def _core_said_goodbye(self) -> bool:
         core = self._processes.get("core")
         return core is not None and core.returncode == 0 and "worker" in self._ready
+
+
+def _example_request(url: str, config: EngineConfig) -> list[str]:
+    """A command to paste, as lines of a shell."""
+    path, body = "chat/completions", '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    if config.options.skip_tokenizer_init:
+        path, body = "completions", '{"prompt": [1, 2, 3], "return_token_ids": true}'
+    return [f"  curl {url}/v1/{path} -H 'Content-Type: application/json' \\", f"    -d '{body}'"]
 
 
 def _describe_exit(code: int) -> str:

@@ -67,6 +67,8 @@ class CoreLink:
         self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
         loop.add_reader(self._monitor_fd, self._on_monitor)
+        # ZeroMQ signals on the descriptor only after a look at the socket has found nothing.
+        loop.call_soon(self._on_monitor)
         self._channel = AsyncChannel(socket, CoreToFrontend, self._on_message)
         socket.connect(address)
         self._channel.send(CoreHello(PROTOCOL_VERSION))
@@ -112,7 +114,7 @@ class CoreLink:
 
     def _on_monitor(self) -> None:
         disconnected = False
-        while self._monitor.poll(0):
+        while not self._monitor.closed and self._monitor.poll(0):
             recv_monitor_message(self._monitor)
             disconnected = True
         if disconnected:

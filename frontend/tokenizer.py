@@ -59,9 +59,16 @@ class Tokenizer:
         return cls(backend, vocab_size, _load_chat_template(model_path, settings))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the special tokens around it that the model was trained with, if it was."""
-        # The batch form releases the interpreter while it works, so that a long text does not stop the event loop.
-        return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        """Token ids of a text, with the special tokens around it that the model was trained with, if it was.
+
+        Raises:
+            InvalidRequestError: the text is not made of characters.
+        """
+        try:
+            # The batch form releases the interpreter while it works, so that a long text does not stop the event loop.
+            return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except TypeError as error:
+            raise InvalidRequestError("the text holds half a surrogate pair, which is no character") from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)

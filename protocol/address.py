@@ -65,6 +65,21 @@ def private_directory(path: Path) -> Path:
     return path
 
 
+def is_engine_running(address: str) -> bool:
+    """Whether some process holds the lock of the address. A socket file alone may be what a crash left behind."""
+    try:
+        descriptor = os.open(socket_path(address).with_suffix(".lock"), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class AddressLock:
     """Exclusive ownership of an address, held as long as the process lives or until `release`."""
 

@@ -162,6 +162,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> EngineOptions:
     return make_options(vars(parser.parse_args(arguments)))
 
 
+def help_rows() -> list[tuple[str, str, str]]:
+    """(flag, default, help) of every option, for the table in the README."""
+    rows = []
+    for name, help_text in _HELP_BY_FIELD.items():
+        default = getattr(EngineOptions(), name)
+        shown = ("on" if default else "off") if isinstance(default, bool) else f"`{default}`"
+        shown = "" if default is None else shown
+        rows.append((_flag(name), shown, help_text))
+    return rows
+
+
 def option_flags(options: Mapping[str, Any]) -> list[str]:
     """The command line that says the same as these keyword arguments."""
     flags = []

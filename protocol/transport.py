@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from protocol.messages import Malformed
 
@@ -149,3 +150,45 @@ class AsyncChannel(Channel):
             self._closed = True
             self._loop.remove_reader(self._fd)
             super().close()
+
+
+class DisconnectWatch:
+    """Calls back, once, when the peer of a connecting socket goes away after having been there.
+
+    Make it before `socket.connect`. What the peer sent just before it went is still on its way through the socket when
+    the disconnection is noticed, so the call comes a moment later.
+    """
+
+    _GRACE_S = 0.05
+
+    def __init__(self, socket: zmq.Socket, on_disconnect: Callable[[], None]) -> None:
+        self._socket = socket
+        self._on_disconnect = on_disconnect
+        self._loop = asyncio.get_running_loop()
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._fd = int(self._monitor.getsockopt(zmq.FD))
+        self._closed = False
+        self._loop.add_reader(self._fd, self._look)
+        # ZeroMQ signals on the descriptor only after a look at the socket has found nothing.
+        self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        disconnected = False
+        while not self._closed and self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            disconnected = True
+        if disconnected:
+            self._loop.call_later(self._GRACE_S, self._report)
+
+    def _report(self) -> None:
+        if not self._closed:
+            self.close()
+            self._on_disconnect()
+
+    def close(self) -> None:
+        """Stops watching. Call before the socket is closed."""
+        if not self._closed:
+            self._closed = True
+            self._loop.remove_reader(self._fd)
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)

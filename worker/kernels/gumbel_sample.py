@@ -78,7 +78,7 @@ def _reduce_kernel(value_ptr, index_ptr, status_ptr, token_ptr, STRETCHES: tl.co
 
 def sample_block(rows: int) -> int:
     """Logits a program: few rows need many programs to fill the chip, many rows save on reductions."""
-    return 1024 if rows <= 8 else 4096
+    return 1024 if rows <= 8 else 2048
 
 
 def _launch(

@@ -1,0 +1,35 @@
+"""The user's side of the engine: clients for Python programs, and (in its own process) the server behind them.
+
+    from frontend import Client, AsyncClient, LLM, SamplingParams
+
+Importing this package imports neither torch nor the server.
+"""
+
+from frontend.async_client import AsyncClient
+from frontend.client import Client
+from frontend.llm import LLM
+from frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
+from protocol.errors import (
+    ConfigError,
+    EngineError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    RequestFailedError,
+)
+from protocol.sampling import SamplingParams
+
+__all__ = [
+    "LLM",
+    "AsyncClient",
+    "Client",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineError",
+    "EngineUnavailableError",
+    "InvalidRequestError",
+    "RequestFailedError",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "StreamChunk",
+]

@@ -1,0 +1,355 @@
+"""The Python client for asyncio: one IPC connection to a running engine, any number of requests on it.
+
+`frontend.client.Client` is the same for ordinary code; it runs this one in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+from tqdm import tqdm
+
+from frontend.client_request import (
+    ClientRequest,
+    Conversation,
+    PromptInput,
+    as_chat_prompt,
+    as_conversations,
+    as_prompt,
+    as_prompts,
+    params_for_each,
+)
+from frontend.outputs import RequestOutput, StreamChunk
+from protocol.address import default_address, is_engine_running
+from protocol.errors import EngineUnavailableError
+from protocol.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    EngineInfo,
+    Failed,
+    FrontendMessage,
+    Generate,
+    GetStats,
+    Heartbeat,
+    Hello,
+    Outputs,
+    Prompt,
+    Refused,
+    Started,
+    Stats,
+    TokenPrompt,
+    Welcome,
+    unpack_ints,
+)
+from protocol.sampling import SamplingParams
+from protocol.transport import AsyncChannel, DisconnectWatch, open_socket
+
+HEARTBEAT_S = 5.0
+# How often a client looks whether the engine is still there.
+LOOK_S = 0.5
+
+
+class AsyncClient:
+    """A connection to a running engine. Use it in one event loop, from any number of tasks.
+
+    Args:
+        address: the engine's `ipc://` address; None takes this user's default.
+        timeout: seconds to wait for an engine that is still starting.
+    """
+
+    def __init__(self, address: str | None = None, *, timeout: float = 60.0) -> None:
+        self.address = address or default_address()
+        self._timeout = timeout
+        self._requests: dict[int, ClientRequest] = {}
+        self._request_ids = itertools.count()
+        self._queries: dict[int, asyncio.Future[Stats]] = {}
+        self._channel: AsyncChannel | None = None
+        self._gone: str | None = None
+
+    # --- connection -----------------------------------------------------------------------------------------------
+
+    async def connect(self) -> EngineInfo:
+        """Connects and returns what the engine says of itself.
+
+        Raises:
+            EngineUnavailableError: no engine is there, it does not become ready in time, or it refuses this client.
+        """
+        if not is_engine_running(self.address):
+            raise EngineUnavailableError(
+                f"no engine is running at {self.address}; start one with `python launch.py`, or pass its address"
+            )
+        self._welcome: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        socket = open_socket(zmq.Context.instance(), zmq.DEALER)
+        socket.setsockopt(zmq.RECONNECT_IVL, 10)
+        self._watch = DisconnectWatch(socket, lambda: self._lose("the engine has closed the connection"))
+        self._channel = AsyncChannel(socket, FrontendMessage, self._on_message)
+        socket.connect(self.address)
+        self._channel.send(Hello(PROTOCOL_VERSION, HEARTBEAT_S))
+        self._heart = asyncio.get_running_loop().create_task(self._beat())
+        try:
+            self.engine = await asyncio.wait_for(asyncio.shield(self._welcome), self._timeout)
+        except TimeoutError:
+            await self.close()
+            raise EngineUnavailableError(
+                f"the engine at {self.address} was not ready within {self._timeout:g} s"
+            ) from None
+        except BaseException:
+            await self.close()
+            raise
+        return self.engine
+
+    async def close(self) -> None:
+        """Aborts what is running and closes the connection. May be called again."""
+        if self._channel is None:
+            return
+        if self._gone is None:
+            self._abort(list(self._requests))
+        self._heart.cancel()
+        self._watch.close()
+        self._channel.close()
+        self._channel = None
+        self._lose("the client was closed")
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def _beat(self) -> None:
+        """Tells the engine that this client lives, and notices when the engine does not."""
+        last_beat = time.monotonic()
+        while self._gone is None:
+            await asyncio.sleep(LOOK_S)
+            if not is_engine_running(self.address):
+                self._lose("the engine is gone")
+            elif self._channel is not None and time.monotonic() - last_beat > HEARTBEAT_S / 2:
+                last_beat = time.monotonic()
+                self._channel.send(Heartbeat())
+
+    def _lose(self, reason: str) -> None:
+        """Ends everything that waits: nothing more will come."""
+        if self._gone is not None:
+            return
+        self._gone = reason
+        if not self._welcome.done():
+            self._welcome.set_exception(EngineUnavailableError(f"{reason} ({self.address})"))
+            # Nobody looks at it when the client was closed first.
+            self._welcome.exception()
+        for request in self._requests.values():
+            request.error = EngineUnavailableError(f"{reason} before the request was finished ({self.address})")
+            request.wake()
+        self._requests.clear()
+        for query in self._queries.values():
+            if not query.done():
+                query.set_exception(EngineUnavailableError(f"{reason} ({self.address})"))
+        self._queries.clear()
+
+    def _connected(self) -> AsyncChannel:
+        if self._channel is None or self._gone is not None:
+            raise EngineUnavailableError(f"{self._gone or 'the client is not connected'} ({self.address})")
+        return self._channel
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def _on_message(self, _: bytes, message: Any) -> None:
+        if isinstance(message, Outputs):
+            self._on_outputs(message)
+        elif isinstance(message, Started):
+            request = self._requests.get(message.request_id)
+            if request is not None:
+                request.prompt_token_ids = unpack_ints(message.prompt_token_ids).tolist()
+        elif isinstance(message, Failed):
+            request = self._requests.pop(message.request_id, None)
+            if request is not None:
+                request.fail(message)
+                request.wake()
+        elif isinstance(message, Stats):
+            query = self._queries.pop(message.query_id, None)
+            if query is not None and not query.done():
+                query.set_result(message)
+        elif isinstance(message, Welcome):
+            if message.protocol_version != PROTOCOL_VERSION:
+                self._lose(f"the engine speaks protocol version {message.protocol_version}, not {PROTOCOL_VERSION}")
+            elif not self._welcome.done():
+                self._welcome.set_result(message.engine)
+        elif isinstance(message, Refused):
+            self._lose(message.reason)
+        else:
+            self._lose(f"the engine sent a message that cannot be understood: {message}")
+
+    def _on_outputs(self, outputs: Outputs) -> None:
+        """A step's tokens of all requests of this client, in one message."""
+        now = time.perf_counter()
+        requests = self._requests
+        touched: dict[int, ClientRequest] = {}
+        ids, tokens = unpack_ints(outputs.request_ids, "<i8").tolist(), unpack_ints(outputs.token_ids).tolist()
+        for request_id, token in zip(ids, tokens, strict=True):
+            request = requests.get(request_id)
+            if request is not None:
+                request.token_ids.append(token)
+                request.metrics.token_times.append(now)
+                if request.waiter is not None:
+                    touched[request_id] = request
+        for request_id, text in outputs.texts:
+            request = requests.get(request_id)
+            if request is not None:
+                request.text_parts.append(text)
+        for finished in outputs.finished:
+            request = requests.pop(finished.request_id, None)
+            if request is not None:
+                request.finished = finished
+                request.metrics.finished_time = now
+                touched[request.request_id] = request
+        for request in touched.values():
+            if request.metrics.first_token_time is None and request.metrics.token_times:
+                request.metrics.first_token_time = request.metrics.token_times[0]
+            request.wake()
+
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams, stream: bool, options: Mapping[str, Any]
+    ) -> ClientRequest:
+        ids = unpack_ints(prompt.token_ids).tolist() if isinstance(prompt, TokenPrompt) else []
+        request = ClientRequest(next(self._request_ids), prompt, ids, time.perf_counter())
+        if not self._connected().send(Generate(request.request_id, prompt, params, stream, **options)):
+            raise EngineUnavailableError(f"the engine does not take requests at the moment ({self.address})")
+        self._requests[request.request_id] = request
+        return request
+
+    def _abort(self, request_ids: list[int]) -> None:
+        running = [request_id for request_id in request_ids if self._requests.pop(request_id, None) is not None]
+        if running and self._channel is not None and self._gone is None:
+            self._channel.send(Abort(running))
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Answers prompts, all at once, with a progress bar; results are in the order of the prompts.
+
+        Args:
+            prompts: a text, a list of token ids, or a list of either.
+            sampling_params: for all prompts, or one for each; the default is `SamplingParams()`.
+            priority: lower goes first; equal ones in order of arrival.
+            cache_salt: requests share cached prefixes only with requests of the same salt.
+
+        Raises:
+            InvalidRequestError: a request cannot be served; the others are aborted.
+            EngineUnavailableError: the engine went away.
+            RequestFailedError: the engine could not finish a request.
+        """
+        return await self._run(
+            as_prompts(prompts), sampling_params, use_tqdm, {"priority": priority, "cache_salt": cache_salt}
+        )
+
+    async def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several, rendered with the model's chat template. Otherwise as `generate`."""
+        conversations = as_conversations(messages)
+        prompts: list[Prompt] = [as_chat_prompt(each, tools, chat_template_kwargs) for each in conversations]
+        return await self._run(prompts, sampling_params, use_tqdm, {"priority": priority, "cache_salt": cache_salt})
+
+    async def stream(
+        self,
+        prompt: PromptInput | Conversation,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[StreamChunk]:
+        """Answers one prompt or conversation piece by piece. Leaving the iteration early aborts the request.
+
+        Raises as `generate` does.
+        """
+        is_chat = isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+        wire: Prompt = as_chat_prompt(prompt, None, None) if is_chat else as_prompt(prompt)  # type: ignore[arg-type]
+        options = {"priority": priority, "cache_salt": cache_salt}
+        request = self._submit(wire, sampling_params or SamplingParams(), True, options)
+        try:
+            while True:
+                if not request.is_over and request.taken == len(request.token_ids):
+                    await request.wait()
+                if request.error is not None:
+                    raise request.error
+                chunk = request.take_chunk()
+                if chunk.text or chunk.token_ids or chunk.finish_reason:
+                    yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            self._abort([request.request_id])
+
+    async def run_request(
+        self, prompt: PromptInput, sampling_params: SamplingParams, *, stream: bool = True
+    ) -> RequestOutput:
+        """One request whose tokens are noted, with their times, as they arrive, without waking the caller for each."""
+        request = self._submit(as_prompt(prompt), sampling_params, stream, {})
+        return await self._finish(request)
+
+    async def stats(self) -> Stats:
+        """The engine's counters."""
+        query_id = next(self._request_ids)
+        query: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
+        channel = self._connected()
+        self._queries[query_id] = query
+        channel.send(GetStats(query_id))
+        return await query
+
+    async def _finish(self, request: ClientRequest) -> RequestOutput:
+        try:
+            while not request.is_over:
+                await request.wait()
+            return request.output()
+        finally:
+            self._abort([request.request_id])
+
+    async def _run(
+        self,
+        prompts: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+        options: Mapping[str, Any],
+    ) -> list[RequestOutput]:
+        params = params_for_each(sampling_params, len(prompts))
+        requests: list[ClientRequest] = []
+        num_tokens = 0
+        start = time.perf_counter()
+        try:
+            for prompt, each in zip(prompts, params, strict=True):
+                requests.append(self._submit(prompt, each, False, options))
+            # In order of arrival, which is about the order of finishing; what finished earlier is counted at once.
+            with tqdm(total=len(requests), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                for request in requests:
+                    while not request.is_over:
+                        await request.wait()
+                    if request.error is not None:
+                        raise request.error
+                    num_tokens += len(request.token_ids)
+                    bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tok/s", refresh=False)
+                    bar.update()
+            return [request.output() for request in requests]
+        finally:
+            self._abort([request.request_id for request in requests])

@@ -1,0 +1,135 @@
+"""The Python client for ordinary code: `AsyncClient` on an event loop in a thread of its own.
+
+The thread keeps the connection alive while the program computes, and lets several threads share one client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from frontend.async_client import AsyncClient
+from frontend.client_request import Conversation, PromptInput
+from frontend.outputs import RequestOutput, StreamChunk
+from protocol.messages import EngineInfo, Stats
+from protocol.sampling import SamplingParams
+
+T = TypeVar("T")
+
+
+class Client:
+    """A connection to a running engine, safe to use from several threads.
+
+    Args:
+        address: the engine's `ipc://` address; None takes this user's default.
+        timeout: seconds to wait for an engine that is still starting.
+
+    Raises:
+        EngineUnavailableError: no engine is there, or it does not become ready in time.
+    """
+
+    def __init__(self, address: str | None = None, *, timeout: float = 60.0) -> None:
+        self._async = AsyncClient(address, timeout=timeout)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="mini-vllm client", daemon=True)
+        self._thread.start()
+        self._closed = False
+        try:
+            self.engine: EngineInfo = self._wait(self._async.connect())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def address(self) -> str:
+        return self._async.address
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            # An interrupted call takes its requests with it.
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Aborts what is running and closes the connection. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        asyncio.run_coroutine_threadsafe(self._async.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """See `AsyncClient.generate`."""
+        return self._wait(
+            self._async.generate(prompts, sampling_params, use_tqdm, priority=priority, cache_salt=cache_salt)
+        )
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> list[RequestOutput]:
+        """See `AsyncClient.chat`."""
+        return self._wait(
+            self._async.chat(
+                messages,
+                sampling_params,
+                use_tqdm,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                priority=priority,
+                cache_salt=cache_salt,
+            )
+        )
+
+    def stream(
+        self,
+        prompt: PromptInput | Conversation,
+        sampling_params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Iterator[StreamChunk]:
+        """See `AsyncClient.stream`. Leaving the loop early aborts the request."""
+        chunks = self._async.stream(prompt, sampling_params, priority=priority, cache_salt=cache_salt)
+        try:
+            while True:
+                try:
+                    yield self._wait(anext(chunks))  # type: ignore[arg-type]
+                except StopAsyncIteration:
+                    return
+        finally:
+            if not self._closed:
+                self._wait(chunks.aclose())  # type: ignore[attr-defined]
+
+    def stats(self) -> Stats:
+        """The engine's counters."""
+        return self._wait(self._async.stats())

@@ -1,0 +1,510 @@
+"""The OpenAI API of the frontend process: answers, streams, refusals, with the OpenAI client and by hand."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from protocol.messages import Failed, ProcessReady, unpack_ints
+from tests.frontend.conftest import MAX_MODEL_LEN, MODEL_NAME, VOCAB_SIZE, Frontend, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+HELLO = [{"role": "user", "content": "Größe 🙂"}]
+# What the fake core answers to it: the rendered prompt without its special tokens.
+ECHO = "user\nGröße 🙂"
+
+
+@pytest.fixture
+def http(frontend: Frontend) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=frontend.url, timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def client(frontend: Frontend) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{frontend.url}/v1", api_key="none", max_retries=0, timeout=10) as client:
+        yield client
+
+
+def token_ids(chunks: list[dict[str, Any]]) -> list[int]:
+    return [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]]
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    parts = text.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.005)
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=MODEL_NAME, messages=HELLO)
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.object == "chat.completion"
+    assert answer.model == MODEL_NAME
+    assert abs(answer.created - time.time()) < 60
+    (choice,) = answer.choices
+    assert (choice.index, choice.finish_reason) == (0, "stop")
+    assert (choice.message.role, choice.message.content) == ("assistant", ECHO)
+    assert answer.usage is not None
+    prompt = TOKENIZER.encode("<|im_start|>user\nGröße 🙂<|im_end|>\n<|im_start|>assistant\n").ids
+    # The echo ends at the <|im_end|> of the prompt.
+    assert answer.usage.prompt_tokens == len(prompt)
+    assert answer.usage.completion_tokens == prompt.index(TOKENIZER.token_to_id("<|im_end|>")) + 1
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == (len(prompt) - 1) // 16 * 16
+
+
+def test_chat_stream(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=MODEL_NAME, messages=HELLO, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert all(chunk.choices[0].delta.role is None for chunk in chunks[1:-1])
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == ECHO
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
+    assert reasons == [None] * (len(chunks) - 2) + ["stop"]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert {chunk.object for chunk in chunks} == {"chat.completion.chunk"}
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + chunks[-1].usage.completion_tokens
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+async def test_the_asynchronous_client(frontend: Frontend) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{frontend.url}/v1", api_key="none", max_retries=0) as client:
+        stream = await client.chat.completions.create(model=MODEL_NAME, messages=HELLO, stream=True)
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == ECHO
+
+
+def test_chat_fields_reach_the_template(client: openai.OpenAI, frontend: Frontend) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "größe", "parameters": {}}}]
+    options = {"chat_template_kwargs": {"thinking": False}, "return_token_ids": True}
+    answer = client.chat.completions.create(
+        model=MODEL_NAME, messages=HELLO, tools=tools, tool_choice="auto", max_tokens=1, extra_body=options
+    )
+    rendered = (
+        f"<|im_start|>tools\n{json.dumps(tools[0], ensure_ascii=False)}\n<|im_end|>\n"
+        "<|im_start|>user\nGröße 🙂<|im_end|>\n<|im_start|>assistant\n<think></think>"
+    )
+    prompt = TOKENIZER.encode(rendered).ids
+    assert answer.model_extra is not None
+    assert answer.model_extra["prompt_token_ids"] == prompt
+    assert answer.choices[0].model_extra is not None
+    assert answer.choices[0].model_extra["token_ids"] == prompt[:1]
+    assert unpack_ints(frontend.core.added[0].prompt_token_ids).tolist() == prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [
+        ("the fox", ["the fox"]),
+        (["the fox", "日本"], ["the fox", "日本"]),
+        (TOKENIZER.encode("the fox").ids, ["the fox"]),
+        ([TOKENIZER.encode("the").ids, TOKENIZER.encode("日本").ids], ["the", "日本"]),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_completions(client: openai.OpenAI, prompt: Any, texts: list[str], stream: bool) -> None:
+    if not stream:
+        answer = client.completions.create(model=MODEL_NAME, prompt=prompt)
+        assert answer.id.startswith("cmpl-")
+        assert answer.object == "text_completion"
+        assert [choice.text for choice in answer.choices] == texts
+        assert [choice.index for choice in answer.choices] == list(range(len(texts)))
+        assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+        return
+    received = [""] * len(texts)
+    reasons = {}
+    for chunk in client.completions.create(model=MODEL_NAME, prompt=prompt, stream=True):
+        for choice in chunk.choices:
+            received[choice.index] += choice.text
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    assert received == texts
+    assert reasons == dict.fromkeys(range(len(texts)), "stop")
+
+
+def test_token_ids_of_a_stream_are_those_of_the_core(http: httpx.Client, frontend: Frontend) -> None:
+    ids = TOKENIZER.encode("Größe 日本語").ids
+    body = {"prompt": ids, "max_tokens": 40, "stream": True, "return_token_ids": True}
+    response = http.post("/v1/completions", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    chunks = events(response.text)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert choices[0]["prompt_token_ids"] == ids
+    assert token_ids(chunks) == [*ids, frontend.eos]
+    assert "".join(choice["text"] for choice in choices) == "Größe 日本語"
+
+
+def test_tokens_that_share_an_event_keep_their_order(frontend: Frontend, http: httpx.Client) -> None:
+    body = {"prompt": [1, 2, 3], "max_tokens": 500, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    chunks = events(http.post("/v1/completions", json=body).text)
+    assert token_ids(chunks) == ([1, 2, 3] * 200)[:500]
+
+
+def test_stop_strings_and_reasons(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL_NAME, prompt="quick brown fox", stop=["own", "zzz"])
+    assert answer.choices[0].text == "quick br"
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].model_extra is not None
+    assert answer.choices[0].model_extra["stop_reason"] == "own"
+    answer = client.completions.create(model=MODEL_NAME, prompt="quick", max_tokens=1)
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_sampling_fields_reach_the_core(http: httpx.Client, frontend: Frontend) -> None:
+    body = {
+        "prompt": [1],
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 7,
+        "seed": -3,
+        "max_tokens": 2,
+        "stop_token_ids": [9],
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "priority": 4,
+        "cache_salt": "tenant",
+    }
+    assert http.post("/v1/completions", json=body).status_code == 200
+    added = frontend.core.added[0]
+    params = added.params
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (0, 0.5, 7, -3)
+    assert (params.max_tokens, params.stop_token_ids, params.ignore_eos) == (2, (9,), True)
+    assert (added.priority, added.cache_salt) == (4, "tenant")
+
+
+def test_default_lengths(http: httpx.Client, frontend: Frontend) -> None:
+    http.post("/v1/completions", json={"prompt": [1, 2]})
+    http.post("/v1/completions", json={"prompt": [1] * (MAX_MODEL_LEN - 3)})
+    http.post("/v1/chat/completions", json={"messages": HELLO})
+    http.post("/v1/chat/completions", json={"messages": HELLO, "max_completion_tokens": 3, "max_tokens": 9})
+    chat_prompt = len(unpack_ints(frontend.core.added[2].prompt_token_ids))
+    lengths = [added.params.max_tokens for added in frontend.core.added]
+    assert lengths == [16, 3, MAX_MODEL_LEN - chat_prompt, 3]
+
+
+def test_the_models_own_sampling_values_hold_unless_the_request_says(
+    make_frontend: Callable[..., Frontend], model_directory: Path, tmp_path: Path
+) -> None:
+    for file in model_directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": 1}
+    (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
+    frontend = make_frontend(tmp_path).start()
+    for body in ({}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}):
+        assert httpx.post(f"{frontend.url}/v1/completions", json={"prompt": [1], **body}).status_code == 200
+    params = [added.params for added in frontend.core.added]
+    assert [(p.temperature, p.top_p, p.top_k) for p in params] == [(0.6, 0.95, 20), (1.0, 1.0, 0)]
+
+
+def test_models_and_health(client: openai.OpenAI, http: httpx.Client) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL_NAME]
+    model = client.models.retrieve(MODEL_NAME)
+    assert model.object == "model"
+    assert model.model_extra is not None
+    assert model.model_extra["max_model_len"] == MAX_MODEL_LEN
+    assert http.get("/health").json() == {"status": "ready"}
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"n": 2}, "n", "n is not supported: it can only be 1 or null, got 2"),
+        ({"logprobs": True}, "logprobs", "got True"),
+        ({"logprobs": 0}, "logprobs", "false or null, got 0"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "got 0.5"),
+        ({"tool_choice": "required"}, "tool_choice", "got 'required'"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "got {'5': 1}"),
+        ({"min_p": 0.1}, "min_p", "got 0.1"),
+        ({"best_off": 1}, "best_off", "best_off is not a field of this request"),
+        ({"stream_options": {"include": True}}, "stream_options.include", "not a field"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
+        ({"temperature": "hot"}, "temperature", "expected `float | null`, got `str`"),
+        ({"temperature": -1}, "temperature", "between 0 and 100, got -1"),
+        ({"top_p": 0}, "top_p", "above 0"),
+        ({"top_k": -2}, "top_k", "got -2"),
+        ({"seed": 2**63}, "seed", "64-bit"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1, got 0"),
+        ({"max_tokens": 1.5}, "max_tokens", "expected `int | null`"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "at least 1, got 0"),
+        ({"max_completion_tokens": 511}, "max_completion_tokens", "maximum context length of 512"),
+        ({"max_tokens": 10**12}, "max_tokens", "got 1000000000000"),
+        ({"stop": ["a", 1]}, "stop", "stop[1]"),
+        ({"stop": [""]}, "stop", "1 to"),
+        ({"stop": ["a"] * 100}, "stop", "at most"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "got -1"),
+        ({"priority": 2**31}, "priority", "2147483647"),
+        ({"cache_salt": ""}, "cache_salt", "empty"),
+        ({"messages": []}, "messages", "at least one message"),
+        ({"messages": "hi"}, "messages", "expected `array`, got `str`"),
+        ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages", "no room"),
+        ({"messages": [{"role": "forbidden", "content": ""}]}, "messages", "no such role here"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "'messages'"),
+        ({"chat_template_kwargs": {"self": 1}}, "messages", "refused"),
+    ],
+)
+def test_chat_fields_that_cannot_be_served_are_named(
+    http: httpx.Client, frontend: Frontend, fields: dict[str, Any], param: str, message: str
+) -> None:
+    error = error_of(http.post("/v1/chat/completions", json={"messages": HELLO} | fields), 400)
+    assert error["param"] == param
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert frontend.core.added == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"prompt": []}, "prompt", "empty list"),
+        ({"prompt": [[]]}, "prompt", "empty"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": ["a", 1]}, "prompt", "mixes"),
+        ({"prompt": 5}, "prompt", "got `int`"),
+        ({"prompt": [1, VOCAB_SIZE]}, "prompt", f"holds {VOCAB_SIZE} at position 1"),
+        ({"prompt": [1, 10**30]}, "prompt", "at position 1"),
+        ({"prompt": [1, -1]}, "prompt", "holds -1 at position 1"),
+        ({"prompt": [1] * MAX_MODEL_LEN}, "prompt", "no room"),
+        ({"prompt": [1], "max_tokens": MAX_MODEL_LEN}, "max_tokens", "max_tokens is too large"),
+        ({"prompt": ["fine", ""]}, "prompt", "empty"),
+        ({"prompt": "a", "logprobs": 1}, "logprobs", "got 1"),
+        ({"prompt": "a", "echo": True}, "echo", "got True"),
+        ({"prompt": "a", "suffix": "b"}, "suffix", "got 'b'"),
+        ({"prompt": "a", "messages": HELLO}, "messages", "not a field"),
+        ({}, "prompt", "prompt is missing"),
+    ],
+)
+def test_completion_fields_that_cannot_be_served_are_named(
+    http: httpx.Client, frontend: Frontend, fields: dict[str, Any], param: str, message: str
+) -> None:
+    error = error_of(http.post("/v1/completions", json=fields), 400)
+    assert error["param"] == param
+    assert message in error["message"]
+    assert frontend.core.added == []
+
+
+NO_OPS = {
+    "n": 1,
+    "logprobs": None,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "user": "someone",
+    "metadata": {"a": "b"},
+    "store": False,
+    "service_tier": "auto",
+    "response_format": {"type": "text"},
+    "logit_bias": {},
+    "min_tokens": 0,
+    "repetition_penalty": 1.0,
+    "seed": None,
+    "stop": None,
+    "stream_options": None,
+    "temperature": None,
+}
+
+
+def test_fields_that_ask_for_nothing_are_accepted(http: httpx.Client) -> None:
+    chat = {"parallel_tool_calls": True, "tool_choice": "none", "tools": [], "logprobs": False, "modalities": ["text"]}
+    body = {"model": MODEL_NAME, "messages": HELLO, **NO_OPS, **chat}
+    assert http.post("/v1/chat/completions", json=body).status_code == 200
+    body = {"prompt": "fox", **NO_OPS, "suffix": None, "echo": False, "best_of": 1}
+    assert http.post("/v1/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'{"messages": [{"role": "\xff"}]}', b'{"a": ' * 10_000, b"\x00"]
+)
+def test_bodies_that_are_no_object_are_refused(http: httpx.Client, body: bytes) -> None:
+    assert error_of(http.post("/v1/chat/completions", content=body), 400)["message"]
+
+
+def test_half_a_surrogate_pair_is_refused(http: httpx.Client) -> None:
+    content = b'{"messages": [{"role": "user", "content": "a\\ud800 b"}]}'
+    assert error_of(http.post("/v1/chat/completions", content=content), 400)
+
+
+def test_an_unknown_model_is_not_found(client: openai.OpenAI, http: httpx.Client) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="gpt-4", messages=HELLO)
+    assert caught.value.code == "model_not_found"
+    assert "'gpt-4'" in caught.value.message
+    assert error_of(http.get("/v1/models/gpt-4"), 404)["code"] == "model_not_found"
+
+
+def test_paths_and_methods_that_do_not_exist(http: httpx.Client) -> None:
+    assert error_of(http.get("/v1/chat"), 404)["message"] == "GET /v1/chat is not served here"
+    response = http.get("/v1/chat/completions")
+    assert error_of(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST"
+    assert error_of(http.post("/v1/models", json={}), 405)
+
+
+def test_a_body_that_is_too_long_is_refused(http: httpx.Client) -> None:
+    error = error_of(http.post("/v1/completions", content=b" " * (32 * 1024 * 1024 + 1)), 413)
+    assert "33554432" in error["message"]
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(34):
+            yield b" " * 1024 * 1024
+
+    assert error_of(http.post("/v1/completions", content=chunks()), 413)
+
+
+# --- leaving and failing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("running", [False, True])
+def test_a_client_that_disconnects_has_its_request_aborted(frontend: Frontend, stream: bool, running: bool) -> None:
+    frontend.core.step_seconds = 0.01
+    if not running:
+        frontend.core.may_step.clear()
+    body = json.dumps({"prompt": [[1, 2], [3]], "max_tokens": 400, "ignore_eos": True, "stream": stream}).encode()
+    host, port = frontend.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        wait_until(lambda: frontend.core.num_running == 2)
+        if stream and running:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    wait_until(lambda: frontend.core.num_running == 0)
+    assert len(frontend.core.aborted) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "type_"),
+    [
+        ("invalid_request", 400, "invalid_request_error"),
+        ("unavailable", 503, "server_error"),
+        ("failed", 500, "server_error"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_that_the_core_fails_get_a_status(
+    http: httpx.Client, frontend: Frontend, kind: Any, status: int, type_: str, stream: bool
+) -> None:
+    frontend.core.failure = Failed(0, kind, "this is why", None)
+    body = {"prompt": [[1], [2]], "stream": stream}
+    error = error_of(http.post("/v1/completions", json=body), status)
+    assert (error["message"], error["type"]) == ("this is why", type_)
+
+
+def test_a_stream_that_fails_ends_with_the_error(client: openai.OpenAI, frontend: Frontend) -> None:
+    frontend.core.failure = Failed(0, "failed", "this is why", None)
+    frontend.core.fail_after = 3
+    text = ""
+    with pytest.raises(openai.APIError, match="this is why"):
+        for chunk in client.completions.create(model=MODEL_NAME, prompt="abcdef", stream=True):
+            text += chunk.choices[0].text
+    assert "abcdef".startswith(text)
+
+
+def test_until_the_engine_is_ready_everything_is_unavailable(make_frontend: Callable[..., Frontend]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    frontend = make_frontend(port=port)
+    frontend.core.may_be_ready.clear()
+    frontend.start(wait=False)
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, transport=httpx.HTTPTransport(retries=8)) as http:
+        health = http.get("/health")
+        assert health.status_code == 503
+        assert health.json() == {"status": "starting", "reason": "the engine is starting"}
+        error = error_of(http.post("/v1/completions", json={"prompt": "a"}), 503)
+        assert (error["message"], error["code"]) == ("the engine is starting", "engine_unavailable")
+        assert error_of(http.get("/v1/models"), 503)
+        frontend.core.may_be_ready.set()
+        report = frontend.report()
+        assert isinstance(report, ProcessReady)
+        assert report.details["http"] == url
+        assert http.get("/health").status_code == 200
+
+
+def test_sigterm_answers_every_request(make_frontend: Callable[..., Frontend]) -> None:
+    frontend = make_frontend(shutdown_timeout=0.3).start()
+    frontend.core.step_seconds = 0.01
+    assert frontend.process is not None
+    body = {"prompt": [1, 2], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.Client(base_url=frontend.url) as http, http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        frontend.process.terminate()
+        wait_until(lambda: http.get("/health").json()["status"] == "stopping")
+        assert error_of(http.post("/v1/completions", json={"prompt": "a"}), 503)["message"] == "the engine is stopping"
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "abort"
+    assert frontend.process.wait(10) == 0
+
+
+def test_a_core_that_goes_away_ends_streams_with_an_error(make_frontend: Callable[..., Frontend]) -> None:
+    frontend = make_frontend().start()
+    frontend.core.step_seconds = 0.01
+    body = {"prompt": [1, 2], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.Client(base_url=frontend.url) as http, http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        frontend.core.stop()
+        rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        error = json.loads(rest[-2].removeprefix("data: "))["error"]
+        assert error["message"] == "the engine core is gone"
+        assert error_of(http.post("/v1/completions", json={"prompt": "a"}), 503)["message"] == "the engine core is gone"
+
+
+def test_without_a_tokenizer_ids_go_in_and_out(make_frontend: Callable[..., Frontend], tmp_path: Path) -> None:
+    frontend = make_frontend(tmp_path, skip_tokenizer_init=True).start()
+    with httpx.Client(base_url=frontend.url) as http:
+        answer = http.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 3, "ignore_eos": True}).json()
+        assert answer["choices"][0]["token_ids"] == [5, 6, 5]
+        assert answer["choices"][0]["text"] == ""
+        body = {"prompt": [5, 6], "max_tokens": 3, "ignore_eos": True, "stream": True}
+        chunks = events(http.post("/v1/completions", json=body).text)
+        assert token_ids(chunks) == [5, 6, 5]
+        error = error_of(http.post("/v1/chat/completions", json={"messages": HELLO}), 400)
+        assert error["param"] == "messages"
+        assert "--skip-tokenizer-init" in error["message"]
+        assert error_of(http.post("/v1/completions", json={"prompt": "text"}), 400)["param"] == "prompt"
+        assert error_of(http.post("/v1/completions", json={"prompt": [1], "stop": "x"}), 400)["param"] == "stop"
+
+
+def test_a_generation_config_that_is_wrong_is_an_error_of_the_start(
+    make_frontend: Callable[..., Frontend], tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
+    report = make_frontend(tmp_path, skip_tokenizer_init=True).start(wait=False).report()
+    assert "generation_config.json cannot be used: temperature" in report.message

@@ -1,0 +1,355 @@
+"""The table of running requests against a core on a real socket: ids, text, stop strings, ends, aborts, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from frontend.requests import RequestTable, RunningRequest
+from frontend.service import Service
+from frontend.tokenizer import Tokenizer
+from protocol.errors import EngineUnavailableError, InvalidRequestError
+from protocol.messages import (
+    AddRequest,
+    ChatPrompt,
+    Failed,
+    Finished,
+    StepOutputs,
+    TextPrompt,
+    TokenPrompt,
+    pack_ints,
+    unpack_ints,
+)
+from protocol.sampling import SamplingParams
+from tests.frontend.conftest import MAX_MODEL_LEN, VOCAB_SIZE, make_config, make_tokenizer
+from tests.frontend.fake_core import FakeCore
+
+ENDLESS = SamplingParams(max_tokens=100, ignore_eos=True)
+
+
+class Recorder:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[int, list[int]] = {}
+        self.texts: dict[int, list[str]] = {}
+        self.finished: dict[int, Finished] = {}
+        self.failed: dict[int, Failed] = {}
+        self.flushes = 0
+        self._changed = asyncio.Event()
+
+    def add(self, request: RunningRequest, token_id: int, text: str) -> None:
+        self.tokens.setdefault(request.tag, []).append(token_id)
+        self.texts.setdefault(request.tag, []).append(text)
+
+    def finish(self, request: RunningRequest, text: str, finished: Finished) -> None:
+        self.texts.setdefault(request.tag, []).append(text)
+        self.finished[request.tag] = finished
+
+    def fail(self, request: RunningRequest, failed: Failed) -> None:
+        self.failed[request.tag] = failed
+
+    def flush(self) -> None:
+        self.flushes += 1
+        self._changed.set()
+
+    async def wait(self, num_ended: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.finished) + len(self.failed) < num_ended:
+                self._changed.clear()
+                await self._changed.wait()
+
+    def text(self, tag: int = 0) -> str:
+        return "".join(self.texts[tag])
+
+
+class Setup:
+    def __init__(self, service: Service, core: FakeCore) -> None:
+        self.service = service
+        self.core = core
+        self.sink = Recorder()
+        assert service.tokenizer is not None
+        self.tokenizer: Tokenizer = service.tokenizer
+
+    def submit(self, text: str, params: SamplingParams, tag: int = 0, stream: bool = True) -> RunningRequest:
+        ids = self.tokenizer.encode(text)
+        return self.service.requests.submit(ids, params, self.sink, tag, stream=stream)
+
+    async def until(self, condition) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+async def setup(model_directory: Path, tmp_path: Path) -> AsyncIterator[Setup]:
+    config = make_config(model_directory, tmp_path)
+    eos = make_tokenizer().token_to_id("<|im_end|>")
+    core = FakeCore(config.core_address, eos=eos, vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
+    core.start()
+    context = zmq.Context()
+    service = Service(context, config)
+    await service.start()
+    yield Setup(service, core)
+    service.close()
+    context.term()
+    if core.is_alive():
+        core.stop()
+
+
+async def test_streamed_text_is_what_the_core_said(setup: Setup) -> None:
+    request = setup.submit("Größe 日本語 🙂", SamplingParams(max_tokens=100))
+    await setup.sink.wait(1)
+    assert setup.sink.text() == "Größe 日本語 🙂"
+    assert setup.sink.tokens[0] == request.token_ids == [*request.prompt_token_ids, setup.core._eos]
+    assert setup.sink.finished[0] == Finished(0, "stop", None, 0)
+    assert len(setup.service.requests) == 0
+
+
+async def test_text_of_a_request_that_does_not_stream_comes_at_the_end(setup: Setup) -> None:
+    request = setup.submit("naïve café", SamplingParams(max_tokens=100), stream=False)
+    assert request.text is None
+    await setup.sink.wait(1)
+    assert setup.sink.texts[0] == ["naïve café"]
+    assert setup.sink.tokens == {}
+    assert request.token_ids[-1] == setup.core._eos
+
+
+async def test_the_stop_token_is_a_token_and_not_text(setup: Setup) -> None:
+    x = setup.tokenizer.encode("x")[0]
+    params = SamplingParams(max_tokens=100, stop_token_ids=(x,), skip_special_tokens=False)
+    for tag, stream in enumerate((True, False)):
+        request = setup.submit("fox trot", params, tag, stream)
+        await setup.sink.wait(tag + 1)
+        assert setup.sink.text(tag) == "fo"
+        assert request.token_ids[-1] == x
+        assert setup.sink.finished[tag] == Finished(tag, "stop", x, 0)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_stop_string_ends_the_text_the_tokens_and_the_work(setup: Setup, stream: bool) -> None:
+    params = SamplingParams(max_tokens=100, stop=("wn f", "zzz"), ignore_eos=True)
+    request = setup.submit("quick brown fox jumps", params, stream=stream)
+    await setup.sink.wait(1)
+    assert setup.sink.text() == "quick bro"
+    assert setup.sink.finished[0].reason == "stop"
+    assert setup.sink.finished[0].stop_reason == "wn f"
+    # The token that completed the stop string is the last.
+    assert "wn f" in setup.tokenizer.decode(request.token_ids)
+    assert "wn f" not in setup.tokenizer.decode(request.token_ids[:-1])
+    await setup.until(lambda: setup.core.aborted == [request.core_id])
+    assert setup.core.num_running == 0
+    # The core is not told of stop strings, which are text.
+    assert setup.core.added[0].params.stop == ()
+
+
+async def test_held_back_text_is_given_out_at_the_end(setup: Setup) -> None:
+    setup.submit("say EN", SamplingParams(max_tokens=100, stop=("END",)))
+    await setup.sink.wait(1)
+    assert setup.sink.text() == "say EN"
+    assert setup.sink.finished[0].reason == "stop"
+    assert setup.sink.finished[0].stop_reason is None
+
+
+async def test_half_a_character_at_the_end_is_replaced(setup: Setup) -> None:
+    half = setup.tokenizer.encode("🙂")[0]
+    for tag, stream in enumerate((True, False)):
+        request = setup.service.requests.submit([half], SamplingParams(max_tokens=1), setup.sink, tag, stream=stream)
+        await setup.sink.wait(tag + 1)
+        assert setup.sink.text(tag) == setup.tokenizer.decode(request.token_ids)
+        assert setup.sink.finished[tag].reason == "length"
+
+
+async def test_requests_that_want_no_text_get_tokens_only(setup: Setup) -> None:
+    request = setup.submit("the fox trots", SamplingParams(max_tokens=4, detokenize=False))
+    assert request.text is None
+    await setup.sink.wait(1)
+    assert setup.sink.tokens[0] == request.prompt_token_ids[:4]
+    assert setup.sink.text() == ""
+
+
+async def test_what_a_step_gives_one_sink_is_flushed_once(setup: Setup) -> None:
+    setup.core.may_step.clear()
+    for tag in range(20):
+        setup.submit("fox", SamplingParams(max_tokens=3, ignore_eos=True), tag)
+    await setup.until(lambda: setup.core.num_running == 20)
+    setup.core.may_step.set()
+    await setup.sink.wait(20)
+    assert setup.sink.flushes == 3
+    assert len({request.request_id for request in setup.core.added}) == 20
+
+
+async def test_abort_tells_the_core_and_forgets(setup: Setup) -> None:
+    setup.core.step_seconds = 0.002
+    first, second = setup.submit("the fox", ENDLESS, 0), setup.submit("the dog", ENDLESS, 1)
+    await setup.until(lambda: len(first.token_ids) > 2)
+    setup.service.requests.abort([first])
+    setup.service.requests.abort([first])
+    count = len(first.token_ids)
+    await setup.until(lambda: setup.core.aborted == [first.core_id])
+    await setup.sink.wait(1)
+    assert len(first.token_ids) == count
+    assert list(setup.sink.finished) == [second.tag]
+
+
+async def test_failures_of_the_core_reach_the_request(setup: Setup) -> None:
+    setup.core.failure = Failed(0, "invalid_request", "longer than the pool", "prompt")
+    request = setup.submit("the fox", ENDLESS, 7)
+    await setup.sink.wait(1)
+    assert setup.sink.failed[7] == Failed(7, "invalid_request", "longer than the pool", "prompt")
+    assert request.token_ids == []
+    assert len(setup.service.requests) == 0
+
+
+async def test_messages_of_an_older_epoch_are_dropped(setup: Setup) -> None:
+    setup.core.may_step.clear()
+    request = setup.submit("the fox", ENDLESS)
+    await setup.until(lambda: setup.core.num_running == 1)
+    setup.core.epoch = 0
+    setup.core.may_step.set()
+    await setup.until(lambda: setup.core._num_steps > 10)
+    assert request.token_ids == []
+    setup.core.epoch = 1
+    await setup.until(lambda: len(request.token_ids) > 0)
+
+
+async def test_a_core_that_goes_away_fails_what_runs_and_what_comes(setup: Setup) -> None:
+    setup.core.step_seconds = 0.01
+    setup.submit("the fox", ENDLESS, 0)
+    setup.submit("the dog", ENDLESS, 1, stream=False)
+    await setup.until(lambda: setup.core._num_steps > 3)
+    setup.core.stop()
+    await setup.sink.wait(2)
+    assert {failed.kind for failed in setup.sink.failed.values()} == {"unavailable"}
+    assert "core is gone" in setup.sink.failed[0].message
+    assert setup.service.state == "failed"
+    with pytest.raises(EngineUnavailableError, match="core is gone"):
+        setup.service.require_ready()
+    with pytest.raises(EngineUnavailableError):
+        setup.submit("the fox", ENDLESS, 2)
+
+
+async def test_draining_lets_requests_finish(setup: Setup) -> None:
+    setup.core.step_seconds = 0.005
+    setup.submit("the fox", SamplingParams(max_tokens=10, ignore_eos=True))
+    await setup.service.drain(10)
+    assert setup.sink.finished[0].reason == "length"
+    with pytest.raises(EngineUnavailableError, match="stopping"):
+        setup.service.require_ready()
+
+
+async def test_draining_ends_what_takes_too_long_with_what_it_has(setup: Setup) -> None:
+    setup.core.step_seconds = 0.005
+    request = setup.submit("the fox", ENDLESS, stream=False)
+    await setup.service.drain(0.1)
+    assert setup.sink.finished[0].reason == "abort"
+    assert setup.sink.text() == setup.tokenizer.decode(request.token_ids)
+    assert 0 < len(request.token_ids) < 100
+    await setup.until(lambda: setup.core.aborted == [request.core_id])
+
+
+@pytest.mark.parametrize("value", [-1, VOCAB_SIZE])
+async def test_ids_outside_of_the_vocabulary_are_named_with_their_position(setup: Setup, value: int) -> None:
+    with pytest.raises(InvalidRequestError, match=f"holds {value} at position 2") as caught:
+        await setup.service.prompts.token_ids([1, 2, value, 3])
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "message"),
+    [
+        (TokenPrompt(b""), "prompt", "empty"),
+        (TextPrompt(""), "prompt", "empty"),
+        (TokenPrompt(pack_ints([1] * MAX_MODEL_LEN)), "prompt", "no room for an answer"),
+        (TextPrompt("🙂" * 20_000), "prompt", "no room for an answer"),
+        (ChatPrompt([{"role": "user", "content": "x" * 600}]), "messages", "no room for an answer"),
+        (ChatPrompt([]), "messages", "at least one"),
+    ],
+)
+async def test_prompts_that_cannot_be_served(setup: Setup, prompt, param: str, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        await setup.service.prompts.token_ids(prompt)
+    assert caught.value.param == param
+
+
+async def test_a_long_text_is_encoded_beside_the_event_loop(setup: Setup) -> None:
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.monotonic() - before)
+
+    watching = asyncio.create_task(watch())
+    started = time.monotonic()
+    with pytest.raises(InvalidRequestError):
+        await setup.service.prompts.token_ids(TextPrompt("the quick brown fox " * 50_000))
+    took = time.monotonic() - started
+    watching.cancel()
+    assert longest < max(0.3 * took, 0.1)
+
+
+@pytest.mark.parametrize(("asked", "fits"), [(None, MAX_MODEL_LEN - 3), (5, 5), (MAX_MODEL_LEN, MAX_MODEL_LEN - 3)])
+async def test_max_tokens_is_capped_to_the_context(setup: Setup, asked: int | None, fits: int) -> None:
+    params = setup.service.prompts.fit_max_tokens(SamplingParams(max_tokens=asked), [1, 2, 3])
+    assert params.max_tokens == fits
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [({"priority": 2**31}, "priority"), ({"cache_salt": ""}, "cache_salt")],
+)
+async def test_fields_that_are_checked_last(setup: Setup, options, param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        setup.service.requests.submit([1], ENDLESS, setup.sink, stream=True, **options)
+    assert caught.value.param == param
+    assert len(setup.service.requests) == 0
+
+
+class _NoLink:
+    def send(self, message: object) -> bool:
+        assert isinstance(message, AddRequest)
+        return True
+
+
+class _Counter:
+    """A sink that does as little as an IPC client's does for a token."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def add(self, request: RunningRequest, token_id: int, text: str) -> None:
+        self.tokens.append(token_id)
+
+    def finish(self, request: RunningRequest, text: str, finished: Finished) -> None: ...
+
+    def fail(self, request: RunningRequest, failed: Failed) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+async def test_rows_without_text_cost_about_a_microsecond() -> None:
+    table = RequestTable(_NoLink(), None)  # type: ignore[arg-type]
+    sink = _Counter()
+    params = SamplingParams(max_tokens=1000, detokenize=False)
+    ids = [table.submit([1], params, sink, tag, stream=True).core_id for tag in range(512)]
+    step = StepOutputs(0, pack_ints(ids, "<i8"), pack_ints(np.arange(512)))
+    best = min(_timed(table, step) for _ in range(50))
+    assert len(sink.tokens) == 50 * 512
+    assert unpack_ints(step.token_ids).tolist() == sink.tokens[:512]
+    # Three times what it takes on a slow machine.
+    assert best / 512 < 3e-6
+
+
+def _timed(table: RequestTable, step: StepOutputs) -> float:
+    started = time.perf_counter()
+    table.on_step(step)
+    return time.perf_counter() - started
