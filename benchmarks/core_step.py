@@ -49,7 +49,7 @@ def step_times(num_running: int, num_steps: int) -> list[float]:
         params = SamplingParams(temperature=0.0, max_tokens=num_steps + 150)
         scheduler.add(0, AddRequest(request_id, pack_ints(prompt), params))
     in_flight: deque[tuple[int, int]] = deque()
-    times = []
+    times: list[float] = []
     warm_up = 100
     while len(times) < num_steps + warm_up:
         start = time.perf_counter()

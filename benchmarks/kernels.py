@@ -211,8 +211,7 @@ def attention_calls(name: str, counts: list[int], kv_lens: list[int], decode: in
     # flash-attn's backend holds the step's block table; ours holds a schedule, equal for all of them.
     backends = [backend_for(step) for step in (steps if name == "flash_attn" else steps[:1])]
     return [
-        partial(backends[i % len(backends)].forward, query, cache[0], cache[1], step)
-        for i, step in enumerate(steps)
+        partial(backends[i % len(backends)].forward, query, cache[0], cache[1], step) for i, step in enumerate(steps)
     ]
 
 
@@ -246,9 +245,7 @@ def attention_case(
     beside: Calls = []
     if importlib.util.find_spec("flash_attn"):
         beside = attention_calls("flash_attn", counts, kv_lens, decode, inputs)
-    return Case(
-        kernel, shape, size, flops, attention_calls("triton", counts, kv_lens, decode, inputs), beside
-    )
+    return Case(kernel, shape, size, flops, attention_calls("triton", counts, kv_lens, decode, inputs), beside)
 
 
 def measure(case: Case, bandwidth: float, rate: float) -> Result:
@@ -270,12 +267,8 @@ def line(result: Result, flops: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--only", choices=["elementwise", "sample", "decode", "prefill"], help="one group of kernels"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["elementwise", "sample", "decode", "prefill"], help="one group of kernels")
     parser.add_argument("--bandwidth", type=float, default=4.28, help="memory bandwidth, TB/s")
     parser.add_argument("--rate", type=float, default=702, help="bf16 product rate, TFLOP/s")
     parser.add_argument("--json", type=Path, help="file to write the results to")

@@ -41,9 +41,7 @@ def run_engine(model: Path, prompts: list[list[int]], output_len: int, runs: int
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
     options = {"device": "cpu", "dtype": "float32", "enable_prefix_caching": False}
     with LLM(str(model), **options) as llm:
-        return timed(
-            runs, lambda: [r.outputs[0].token_ids for r in llm.generate(prompts, params, use_tqdm=False)]
-        )
+        return timed(runs, lambda: [r.outputs[0].token_ids for r in llm.generate(prompts, params, use_tqdm=False)])
 
 
 def run_transformers(

@@ -23,11 +23,12 @@ from frontend.client_request import (
     as_conversations,
     as_prompt,
     as_prompts,
+    check_options,
     params_for_each,
 )
 from frontend.outputs import RequestOutput, StreamChunk
 from protocol.address import default_address, is_engine_running
-from protocol.errors import EngineUnavailableError
+from protocol.errors import EngineUnavailableError, InvalidRequestError
 from protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -48,7 +49,7 @@ from protocol.messages import (
     unpack_ints,
 )
 from protocol.sampling import SamplingParams
-from protocol.transport import AsyncChannel, DisconnectWatch, open_socket
+from protocol.transport import MAX_MESSAGE_BYTES, AsyncChannel, DisconnectWatch, encode, open_socket
 
 HEARTBEAT_S = 5.0
 # How often a client looks whether the engine is still there.
@@ -108,8 +109,9 @@ class AsyncClient:
         """Aborts what is running and closes the connection. May be called again."""
         if self._channel is None:
             return
-        if self._gone is None:
-            self._abort(list(self._requests))
+        if self._gone is None and self._requests:
+            # They stay in the table: whoever waits for one is told below.
+            self._channel.send(Abort(list(self._requests)))
         self._heart.cancel()
         self._watch.close()
         self._channel.close()
@@ -170,7 +172,6 @@ class AsyncClient:
             request = self._requests.pop(message.request_id, None)
             if request is not None:
                 request.fail(message)
-                request.wake()
         elif isinstance(message, Stats):
             query = self._queries.pop(message.query_id, None)
             if query is not None and not query.done():
@@ -216,9 +217,19 @@ class AsyncClient:
     def _submit(
         self, prompt: Prompt, params: SamplingParams, stream: bool, options: Mapping[str, Any]
     ) -> ClientRequest:
+        check_options(**options)
         ids = unpack_ints(prompt.token_ids).tolist() if isinstance(prompt, TokenPrompt) else []
         request = ClientRequest(next(self._request_ids), prompt, ids, time.perf_counter())
-        if not self._connected().send(Generate(request.request_id, prompt, params, stream, **options)):
+        generate = Generate(request.request_id, prompt, params, stream, **options)
+        try:
+            size = len(encode(generate))
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            # Half of a surrogate pair in a text, or an object in a message that is no JSON.
+            raise InvalidRequestError(f"the request cannot be encoded: {error}") from error
+        if size > MAX_MESSAGE_BYTES:
+            # The engine would cut off this client, with everything else that it has running.
+            raise InvalidRequestError(f"the request takes {size} bytes, of which {MAX_MESSAGE_BYTES} are allowed")
+        if not self._connected().send(generate):
             raise EngineUnavailableError(f"the engine does not take requests at the moment ({self.address})")
         self._requests[request.request_id] = request
         return request
@@ -287,7 +298,7 @@ class AsyncClient:
         is_chat = isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
         wire: Prompt = as_chat_prompt(prompt, None, None) if is_chat else as_prompt(prompt)  # type: ignore[arg-type]
         options = {"priority": priority, "cache_salt": cache_salt}
-        request = self._submit(wire, sampling_params or SamplingParams(), True, options)
+        request = self._submit(wire, params_for_each(sampling_params, 1)[0], True, options)
         try:
             while True:
                 if not request.is_over and request.taken == len(request.token_ids):
@@ -314,8 +325,9 @@ class AsyncClient:
         query_id = next(self._request_ids)
         query: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
         channel = self._connected()
+        if not channel.send(GetStats(query_id)):
+            raise EngineUnavailableError(f"the engine does not take queries at the moment ({self.address})")
         self._queries[query_id] = query
-        channel.send(GetStats(query_id))
         return await query
 
     async def _finish(self, request: ClientRequest) -> RequestOutput:
@@ -340,6 +352,7 @@ class AsyncClient:
         try:
             for prompt, each in zip(prompts, params, strict=True):
                 requests.append(self._submit(prompt, each, False, options))
+                requests[-1].siblings = requests
             # In order of arrival, which is about the order of finishing; what finished earlier is counted at once.
             with tqdm(total=len(requests), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 for request in requests:

@@ -6,14 +6,17 @@ The thread keeps the connection alive while the program computes, and lets sever
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from frontend.async_client import AsyncClient
 from frontend.client_request import Conversation, PromptInput
 from frontend.outputs import RequestOutput, StreamChunk
+from protocol.errors import EngineUnavailableError
 from protocol.messages import EngineInfo, Stats
 from protocol.sampling import SamplingParams
 
@@ -37,6 +40,9 @@ class Client:
         self._thread = threading.Thread(target=self._loop.run_forever, name="mini-vllm client", daemon=True)
         self._thread.start()
         self._closed = False
+        # What was handed to the loop before `close` ends there; nothing is handed to it after. Reentrant, because the
+        # collector may end a forgotten stream while the lock is held.
+        self._lock = threading.RLock()
         try:
             self.engine: EngineInfo = self._wait(self._async.connect())
         except BaseException:
@@ -47,8 +53,15 @@ class Client:
     def address(self) -> str:
         return self._async.address
 
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        with self._lock:
+            if self._closed:
+                coroutine.close()
+                raise EngineUnavailableError(f"the client was closed ({self.address})")
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        future = self._run(coroutine)
         try:
             return future.result()
         except BaseException:
@@ -58,10 +71,12 @@ class Client:
 
     def close(self) -> None:
         """Aborts what is running and closes the connection. May be called again."""
-        if self._closed:
-            return
-        self._closed = True
-        asyncio.run_coroutine_threadsafe(self._async.close(), self._loop).result()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            closing = asyncio.run_coroutine_threadsafe(self._async.close(), self._loop)
+        closing.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -127,8 +142,11 @@ class Client:
                 except StopAsyncIteration:
                     return
         finally:
-            if not self._closed:
-                self._wait(chunks.aclose())  # type: ignore[attr-defined]
+            with contextlib.suppress(EngineUnavailableError):
+                ending = self._run(chunks.aclose())  # type: ignore[attr-defined]
+                # The collector may find a forgotten stream in the client's own thread, which must not wait for itself.
+                if threading.current_thread() is not self._thread:
+                    ending.result()
 
     def stats(self) -> Stats:
         """The engine's counters."""

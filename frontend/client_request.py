@@ -28,6 +28,7 @@ class ClientRequest:
         "prompt",
         "prompt_token_ids",
         "request_id",
+        "siblings",
         "taken",
         "text_parts",
         "token_ids",
@@ -43,6 +44,7 @@ class ClientRequest:
         self.finished: Finished | None = None
         self.error: EngineError | None = None
         self.metrics = RequestMetrics(arrival_time)
+        self.siblings: Sequence[ClientRequest] = ()  # the requests of the same call, which fails with the first of them
         self.taken = 0  # tokens that a stream has handed out
         self.waiter: asyncio.Future[None] | None = None
 
@@ -63,12 +65,19 @@ class ClientRequest:
             self.waiter = None
 
     def fail(self, failed: Failed) -> None:
+        """Ends this request and its siblings with the error, and wakes who waits for one of them."""
+        if self.error is not None:
+            return
         if failed.kind == "invalid_request":
             self.error = InvalidRequestError(failed.message, failed.param)
         elif failed.kind == "unavailable":
             self.error = EngineUnavailableError(failed.message)
         else:
             self.error = RequestFailedError(failed.message)
+        self.wake()
+        for sibling in self.siblings:
+            sibling.error = self.error
+            sibling.wake()
 
     def take_chunk(self) -> StreamChunk:
         """What is new since the last chunk."""
@@ -105,7 +114,7 @@ def as_prompts(prompts: PromptInput | Sequence[PromptInput]) -> list[Prompt]:
     Raises:
         InvalidRequestError: something else.
     """
-    if isinstance(prompts, str | Mapping) or (_is_ids(prompts) and len(prompts)):
+    if isinstance(prompts, str | bytes | bytearray | Mapping) or _as_ids(prompts):
         return [as_prompt(prompts)]  # type: ignore[arg-type]
     if not isinstance(prompts, Iterable):
         raise InvalidRequestError.out_of_range("prompts", prompts, "text, token ids, or a list of them")
@@ -113,27 +122,44 @@ def as_prompts(prompts: PromptInput | Sequence[PromptInput]) -> list[Prompt]:
 
 
 def as_prompt(prompt: PromptInput) -> Prompt:
+    """One prompt: a text, a list of ids, or a mapping with one of them as `prompt` or `prompt_token_ids`.
+
+    Raises:
+        InvalidRequestError: something else.
+    """
     if isinstance(prompt, str):
         return TextPrompt(prompt)
     if isinstance(prompt, Mapping):
-        if "prompt_token_ids" in prompt:
-            return as_prompt(prompt["prompt_token_ids"])
+        for name, value in prompt.items():
+            if name not in ("prompt", "prompt_token_ids") and value is not None:
+                raise InvalidRequestError(
+                    f"prompt can have only prompt or prompt_token_ids, got {name}: {value!r}", "prompt"
+                )
+        if prompt.get("prompt_token_ids") is not None:
+            return _as_token_prompt(prompt["prompt_token_ids"])
         if isinstance(prompt.get("prompt"), str):
             return TextPrompt(prompt["prompt"])
-    elif _is_ids(prompt):
-        try:
-            return TokenPrompt(pack_ints(prompt))
-        except OverflowError:
-            worst = max(prompt, key=abs)
-            raise InvalidRequestError(f"prompt holds {worst}, which is no token id", "prompt") from None
-    raise InvalidRequestError.out_of_range("prompt", prompt, "text or a list of token ids")
+    return _as_token_prompt(prompt)
 
 
-def _is_ids(value: object) -> bool:
-    """Whether a value is a flat sequence of integers (or of nothing)."""
+def _as_token_prompt(value: object) -> TokenPrompt:
+    ids = _as_ids(value)
+    if ids is None:
+        raise InvalidRequestError.out_of_range("prompt", value, "text or a list of token ids")
+    try:
+        return TokenPrompt(pack_ints(ids))
+    except OverflowError:
+        worst = max(ids, key=abs)
+        raise InvalidRequestError(f"prompt holds {worst}, which is no token id", "prompt") from None
+
+
+def _as_ids(value: object) -> Sequence[int] | None:
+    """A flat sequence or array of integers (or of nothing) in plain types, or None if the value is something else."""
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        return None
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(type(item) is int for item in value)
+    return value if isinstance(value, Sequence) and all(type(item) is int for item in value) else None
 
 
 def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
@@ -153,21 +179,52 @@ def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Co
 def as_chat_prompt(
     conversation: Conversation, tools: Sequence[Mapping[str, Any]] | None, template_options: Mapping[str, Any] | None
 ) -> ChatPrompt:
+    """A conversation to be rendered by the engine, which looks at what is in the messages.
+
+    Raises:
+        InvalidRequestError: a message or a tool is not an object.
+    """
     return ChatPrompt(
-        [dict(message) for message in conversation],
-        None if tools is None else [dict(tool) for tool in tools],
-        dict(template_options or {}),
+        _as_objects("messages", conversation),
+        None if tools is None else _as_objects("tools", tools),
+        _as_object("chat_template_kwargs", template_options or {}),
     )
+
+
+def _as_objects(param: str, values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise InvalidRequestError.out_of_range(param, values, "a list of objects")
+    return [_as_object(param, value) for value in values]
+
+
+def _as_object(param: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise InvalidRequestError.out_of_range(param, value, "made of objects, whose names are strings")
+    return dict(value)
 
 
 def params_for_each(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     """One set of parameters for each of `count` prompts.
 
     Raises:
-        InvalidRequestError: a list of another length.
+        InvalidRequestError: something else, or a list of another length.
     """
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(each, SamplingParams) for each in params):
+        raise InvalidRequestError.out_of_range("sampling_params", params, "SamplingParams or a list of them")
     if len(params) != count:
         raise InvalidRequestError(f"{len(params)} sampling_params for {count} prompts", "sampling_params")
     return list(params)
+
+
+def check_options(priority: object = 0, cache_salt: object = None) -> None:
+    """The types of what goes with a request. A message with wrong ones would not be understood by the engine.
+
+    Raises:
+        InvalidRequestError: one of them is of another type.
+    """
+    if type(priority) is not int or not -(2**31) <= priority < 2**31:
+        raise InvalidRequestError.out_of_range("priority", priority, "a signed 32-bit integer")
+    if cache_salt is not None and not isinstance(cache_salt, str):
+        raise InvalidRequestError.out_of_range("cache_salt", cache_salt, "a string")

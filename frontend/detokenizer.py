@@ -51,10 +51,10 @@ class WindowDetokenizer:
     extend what the window said before.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, skipped: frozenset[int]) -> None:
+        """`skipped` are the special tokens, or none if they are to be part of the text."""
         self._backend = backend
-        self._skip_special_tokens = skip_special_tokens
-        self._skipped = special_token_ids(backend) if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._in_byte_run = False
         self._token_ids: list[int] = []
         self._window_start = 0
@@ -63,7 +63,7 @@ class WindowDetokenizer:
 
     def _text(self, start: int, end: int | None = None) -> str:
         ids = self._token_ids[start:end]
-        return self._backend.decode(ids, skip_special_tokens=self._skip_special_tokens)
+        return self._backend.decode(ids, skip_special_tokens=bool(self._skipped))
 
     def feed(self, token_id: int) -> str:
         self._token_ids.append(token_id)

@@ -119,8 +119,11 @@ class IpcServer:
 
     def send(self, client: ClientConnection, message: Any) -> None:
         """Sends to a client; one that cannot be sent to is gone, and its requests with it."""
-        if not self._channel.send(message, client.identity) and client.identity in self._clients:
+        if not self._channel.send(message, client.identity) and self._is_here(client):
             self._drop(client, "cannot be reached")
+
+    def _is_here(self, client: ClientConnection) -> bool:
+        return self._clients.get(client.identity) is client
 
     def close(self) -> None:
         self._watcher.cancel()
@@ -201,11 +204,14 @@ class IpcServer:
         try:
             token_ids = await self._service.prompts.encode_in_thread(rendered)
             self._service.require_ready()
-            self._submit(client, generate, token_ids)
+            if self._is_here(client):
+                self._submit(client, generate, token_ids)
         except (InvalidRequestError, EngineUnavailableError) as error:
             self._fail(client, generate.request_id, error)
         finally:
-            client.encoding.pop(generate.request_id, None)
+            # After an abort the id may already belong to another request.
+            if client.encoding.get(generate.request_id) is asyncio.current_task():
+                del client.encoding[generate.request_id]
 
     def _submit(self, client: ClientConnection, generate: Generate, token_ids: list[int]) -> None:
         params = self._service.prompts.fit_max_tokens(generate.params, token_ids)
@@ -250,7 +256,7 @@ class IpcServer:
         def answer(stats: Stats | None) -> None:
             if stats is None:
                 self._refuse(client.identity, "the engine core does not answer: there are no statistics")
-            elif client.identity in self._clients:
+            elif self._is_here(client):
                 self.send(client, msgspec.structs.replace(stats, query_id=query_id))
 
         self._service.core.query_stats(answer)

@@ -19,6 +19,7 @@ from frontend.detokenizer import (
     Detokenizer,
     WindowDetokenizer,
     is_byte_level,
+    special_token_ids,
     token_bytes_table,
 )
 from protocol.errors import ConfigError, InvalidRequestError
@@ -37,6 +38,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._chat_template = chat_template
+        self._special_tokens = special_token_ids(backend)
         self._token_bytes: dict[bool, list[bytes]] = {}
         if is_byte_level(backend):
             for skip_special_tokens in (False, True):
@@ -77,7 +79,7 @@ class Tokenizer:
         """A fresh incremental detokenizer for one sequence."""
         if self._token_bytes:
             return ByteLevelDetokenizer(self._token_bytes[skip_special_tokens])
-        return WindowDetokenizer(self._backend, skip_special_tokens)
+        return WindowDetokenizer(self._backend, self._special_tokens if skip_special_tokens else frozenset())
 
     def render_chat(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -68,6 +69,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     shutdown_timeout: Annotated[float, Meta(ge=0)] = _option(
         5.0, "seconds that running requests get to finish when the engine is stopped"
     )
+    profile_dir: str | None = _option(
+        None, "record a profiler trace of some steps of the GPU worker into this directory"
+    )
+    profile_steps: str = _option("100-200", "the steps to record, counted from the first")
 
 
 _HELP_BY_FIELD = dict(zip(EngineOptions.__struct_fields__, _HELP, strict=True))
@@ -131,6 +136,7 @@ def make_options(values: Mapping[str, Any]) -> EngineOptions:
     if options.block_size is not None and options.block_size & (options.block_size - 1):
         raise ConfigError(f"--block-size must be a power of two, got {options.block_size}")
     parse_size(options.kv_cache_memory)
+    parse_steps(options.profile_steps)
     return options
 
 
@@ -200,6 +206,14 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise ConfigError(f"--kv-cache-memory must be positive, got {text!r}")
     return size
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """(first, last) of a range such as `100-200`. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+)-(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--profile-steps must be a range of steps such as 100-200, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def usable_cpus() -> int:

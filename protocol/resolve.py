@@ -41,6 +41,8 @@ def resolve(options: EngineOptions, run_directory: Path) -> EngineConfig:
         raise ConfigError(
             f"--block-size must be a multiple of {_FLASH_ATTN_BLOCK_SIZE} with flash_attn, got {block_size}"
         )
+    if options.profile_dir is not None and device == "cpu":
+        raise ConfigError("--profile-dir records the GPU's work and needs a GPU")
     max_model_len = options.max_model_len or model_config.max_position_embeddings
     if max_model_len > model_config.max_position_embeddings:
         raise ConfigError(

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import zmq
 
-from protocol.config import EngineConfig, usable_cpus
+from protocol.config import EngineConfig, parse_steps, usable_cpus
 from protocol.errors import ConfigError
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -32,6 +32,7 @@ from worker.graphs import batch_buckets
 from worker.kernels import select
 from worker.kv_cache import allocate_kv_cache, bounded_model_len, num_blocks_on_cpu, num_blocks_on_gpu
 from worker.models import Qwen3, create_model
+from worker.profiling import StepProfiler
 from worker.runner import PendingTokens, StepRunner
 from worker.weights import load_weights, randomize_weights
 
@@ -130,7 +131,13 @@ def _graph_overhead_bytes(config: EngineConfig) -> int:
     return len(batch_buckets(config.options.max_num_seqs)) * config.model_config.num_layers * 64 * 1024
 
 
-def serve(channel: Channel, runner: StepRunner) -> None:
+def make_profiler(config: EngineConfig) -> StepProfiler | None:
+    if config.options.profile_dir is None:
+        return None
+    return StepProfiler(Path(config.options.profile_dir), *parse_steps(config.options.profile_steps))
+
+
+def serve(channel: Channel, runner: StepRunner, profiler: StepProfiler | None) -> None:
     """Runs steps until `Shutdown`."""
     pending: deque[PendingTokens] = deque()
     while True:
@@ -138,6 +145,8 @@ def serve(channel: Channel, runner: StepRunner) -> None:
         if received is not None:
             message = received[1]
             if isinstance(message, Step):
+                if profiler is not None:
+                    profiler.before_step()
                 pending.append(runner.execute(message))
             elif isinstance(message, Shutdown):
                 return
@@ -156,7 +165,7 @@ def main(child: ChildProcess) -> None:
         max_model_len = bounded_model_len(config, num_blocks)
         channel.send(WorkerReady(PROTOCOL_VERSION, EPOCH, num_blocks, config.block_size, max_model_len))
         child.ready(device=device_name(config), kv_cache_tokens=(num_blocks - 1) * config.block_size)
-        serve(channel, runner)
+        serve(channel, runner, make_profiler(config))
     except Exception as error:
         channel.send(WorkerFailed(EPOCH, str(error)))
         raise

@@ -69,7 +69,7 @@ def test_a_killed_launcher_takes_its_processes_along(start_engine: Start) -> Non
     engine = start_engine("--port", "0").wait_until_ready()
     children = engine.children()
     engine.process.kill()
-    gone, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
     # The next engine on the address is not disturbed by what the killed one left.
     start_engine("--port", "0").wait_until_ready()
@@ -109,7 +109,7 @@ def test_what_cannot_start_says_why_in_one_line(start_engine: Start, flags: list
     assert "Traceback" not in engine.output
 
 
-def test_an_unsupported_architecture_and_a_directory_that_is_no_model_are_named(start_engine: Start, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_served_is_named(start_engine: Start, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     engine = start_engine("--model", str(tmp_path / "m"))
     assert engine.wait() == 2
@@ -144,7 +144,7 @@ def test_a_port_in_use_is_named(start_engine: Start) -> None:
     assert "--port" in engine.output
 
 
-def test_a_second_engine_on_an_address_is_refused_and_the_first_serves_on(engine: RunningEngine, start_engine: Start) -> None:
+def test_a_second_engine_on_an_address_is_refused(engine: RunningEngine, start_engine: Start) -> None:
     second = start_engine("--port", "0", directory=engine.directory)
     assert second.wait() == 2
     assert f"process {engine.process.pid}" in second.output

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import tokenizers
 import zmq
@@ -21,6 +23,7 @@ from protocol.messages import ProcessFailed, ProcessReady, ToLauncher
 from protocol.model_config import ModelConfig
 from protocol.transport import Channel, open_socket
 from tests.frontend.fake_core import BLOCK_SIZE, FakeCore
+from tests.frontend.ipc_client import Client
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL_NAME = "tiny"
@@ -178,3 +181,32 @@ def frontend(shared_frontend: Frontend) -> Iterator[Frontend]:
     core.failure = core.fail_after = None
     core.step_seconds = 0.0
     core.may_step.set()
+
+
+@pytest.fixture
+def connect(frontend: Frontend) -> Iterator[Callable[..., Client]]:
+    """Connects clients, to the shared frontend if not told to another, and closes them with the test."""
+    clients: list[Client] = []
+
+    def make(of: Frontend = frontend, **options: Any) -> Client:
+        clients.append(Client(of.config.address, **options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.005)
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from bundled import MODEL_DIR
 from frontend.tokenizer import Tokenizer
+from protocol.model_config import load_model_config
 from tests.frontend.conftest import VOCAB_SIZE, make_tokenizer
 
 CORPUS = ["the quick brown fox jumps", "größe und ängste", "naïve 日本"] * 5
@@ -51,6 +53,12 @@ def wordpiece() -> Tokenizer:
     return Tokenizer(backend, len(words))
 
 
+@functools.cache
+def bundled() -> Tokenizer:
+    vocab_size = load_model_config(MODEL_DIR).vocab_size
+    return Tokenizer.load(MODEL_DIR, MODEL_DIR / "tokenizer.json", vocab_size)
+
+
 def pieces(tokenizer: Tokenizer, ids: list[int], skip_special_tokens: bool) -> list[str]:
     detokenizer = tokenizer.detokenizer(skip_special_tokens)
     return [*(detokenizer.feed(token) for token in ids), detokenizer.flush()]
@@ -65,6 +73,13 @@ def token_ids(size: int) -> st.SearchStrategy[list[int]]:
 @settings(max_examples=400, deadline=None)
 def test_byte_level_pieces_join_to_the_whole(ids: list[int], skip: bool) -> None:
     assert "".join(pieces(byte_level(), ids, skip)) == byte_level().decode(ids, skip)
+
+
+@given(text=st.text(max_size=40), skip=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_the_bundled_models_pieces_join_to_the_whole(text: str, skip: bool) -> None:
+    ids = bundled().encode(f"<|im_start|>{text}<|im_end|>")
+    assert "".join(pieces(bundled(), ids, skip)) == bundled().decode(ids, skip)
 
 
 @given(text=st.text(max_size=40))

@@ -13,8 +13,16 @@ import httpx
 import openai
 import pytest
 
-from protocol.messages import Failed, ProcessReady, unpack_ints
-from tests.frontend.conftest import MAX_MODEL_LEN, MODEL_NAME, VOCAB_SIZE, Frontend, make_tokenizer
+from protocol.messages import Failed, unpack_ints
+from tests.frontend.conftest import (
+    MAX_MODEL_LEN,
+    MODEL_NAME,
+    VOCAB_SIZE,
+    Frontend,
+    error_of,
+    make_tokenizer,
+    wait_until,
+)
 
 TOKENIZER = make_tokenizer()
 HELLO = [{"role": "user", "content": "Größe 🙂"}]
@@ -42,13 +50,6 @@ def events(text: str) -> list[dict[str, Any]]:
     parts = text.split("\n\n")
     assert parts[-2:] == ["data: [DONE]", ""]
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.005)
 
 
 # --- answers --------------------------------------------------------------------------------------------------------
@@ -229,14 +230,6 @@ def test_models_and_health(client: openai.OpenAI, http: httpx.Client) -> None:
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
-
-
-def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return error
 
 
 @pytest.mark.parametrize(
@@ -426,64 +419,11 @@ def test_requests_that_the_core_fails_get_a_status(
 def test_a_stream_that_fails_ends_with_the_error(client: openai.OpenAI, frontend: Frontend) -> None:
     frontend.core.failure = Failed(0, "failed", "this is why", None)
     frontend.core.fail_after = 3
-    text = ""
+    texts: list[str] = []
+    stream = client.completions.create(model=MODEL_NAME, prompt="abcdef", stream=True)
     with pytest.raises(openai.APIError, match="this is why"):
-        for chunk in client.completions.create(model=MODEL_NAME, prompt="abcdef", stream=True):
-            text += chunk.choices[0].text
-    assert "abcdef".startswith(text)
-
-
-def test_until_the_engine_is_ready_everything_is_unavailable(make_frontend: Callable[..., Frontend]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    frontend = make_frontend(port=port)
-    frontend.core.may_be_ready.clear()
-    frontend.start(wait=False)
-    url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, transport=httpx.HTTPTransport(retries=8)) as http:
-        health = http.get("/health")
-        assert health.status_code == 503
-        assert health.json() == {"status": "starting", "reason": "the engine is starting"}
-        error = error_of(http.post("/v1/completions", json={"prompt": "a"}), 503)
-        assert (error["message"], error["code"]) == ("the engine is starting", "engine_unavailable")
-        assert error_of(http.get("/v1/models"), 503)
-        frontend.core.may_be_ready.set()
-        report = frontend.report()
-        assert isinstance(report, ProcessReady)
-        assert report.details["http"] == url
-        assert http.get("/health").status_code == 200
-
-
-def test_sigterm_answers_every_request(make_frontend: Callable[..., Frontend]) -> None:
-    frontend = make_frontend(shutdown_timeout=0.3).start()
-    frontend.core.step_seconds = 0.01
-    assert frontend.process is not None
-    body = {"prompt": [1, 2], "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with httpx.Client(base_url=frontend.url) as http, http.stream("POST", "/v1/completions", json=body) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        frontend.process.terminate()
-        wait_until(lambda: http.get("/health").json()["status"] == "stopping")
-        assert error_of(http.post("/v1/completions", json={"prompt": "a"}), 503)["message"] == "the engine is stopping"
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]"
-    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "abort"
-    assert frontend.process.wait(10) == 0
-
-
-def test_a_core_that_goes_away_ends_streams_with_an_error(make_frontend: Callable[..., Frontend]) -> None:
-    frontend = make_frontend().start()
-    frontend.core.step_seconds = 0.01
-    body = {"prompt": [1, 2], "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with httpx.Client(base_url=frontend.url) as http, http.stream("POST", "/v1/completions", json=body) as stream:
-        lines = stream.iter_lines()
-        next(lines)
-        frontend.core.stop()
-        rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        error = json.loads(rest[-2].removeprefix("data: "))["error"]
-        assert error["message"] == "the engine core is gone"
-        assert error_of(http.post("/v1/completions", json={"prompt": "a"}), 503)["message"] == "the engine core is gone"
+        texts.extend(chunk.choices[0].text for chunk in stream)
+    assert "abcdef".startswith("".join(texts))
 
 
 def test_without_a_tokenizer_ids_go_in_and_out(make_frontend: Callable[..., Frontend], tmp_path: Path) -> None:
@@ -500,11 +440,3 @@ def test_without_a_tokenizer_ids_go_in_and_out(make_frontend: Callable[..., Fron
         assert "--skip-tokenizer-init" in error["message"]
         assert error_of(http.post("/v1/completions", json={"prompt": "text"}), 400)["param"] == "prompt"
         assert error_of(http.post("/v1/completions", json={"prompt": [1], "stop": "x"}), 400)["param"] == "stop"
-
-
-def test_a_generation_config_that_is_wrong_is_an_error_of_the_start(
-    make_frontend: Callable[..., Frontend], tmp_path: Path
-) -> None:
-    (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
-    report = make_frontend(tmp_path, skip_tokenizer_init=True).start(wait=False).report()
-    assert "generation_config.json cannot be used: temperature" in report.message

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import httpx
 import msgspec
 import pytest
-import zmq
 
-from protocol.address import socket_path
 from protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
     ChatPrompt,
     Failed,
     Finished,
-    FrontendMessage,
     Generate,
     GetStats,
     Heartbeat,
     Hello,
-    Outputs,
-    ProcessFailed,
-    ProcessReady,
     Refused,
     Started,
     Stats,
@@ -38,91 +29,15 @@ from protocol.messages import (
     unpack_ints,
 )
 from protocol.sampling import SamplingParams
-from protocol.transport import Channel, open_socket
-from tests.frontend.conftest import MAX_MODEL_LEN, MODEL_NAME, VOCAB_SIZE, Frontend, make_tokenizer
+from tests.frontend.conftest import MAX_MODEL_LEN, MODEL_NAME, VOCAB_SIZE, Frontend, make_tokenizer, wait_until
+from tests.frontend.ipc_client import ENDLESS, Client
 
 TOKENIZER = make_tokenizer()
-ENDLESS = SamplingParams(max_tokens=400, ignore_eos=True)
-WAIT_MS = 10_000
-
-
-class Client:
-    """A client that speaks the protocol by hand."""
-
-    def __init__(self, address: str, hello: bool = True, heartbeat_s: float = 60.0) -> None:
-        self._context = zmq.Context()
-        self.channel = Channel(open_socket(self._context, zmq.DEALER, connect=address), FrontendMessage)
-        self.tokens: dict[int, list[int]] = {}
-        self.texts: dict[int, str] = {}
-        self.finished: dict[int, Finished] = {}
-        self.others: list[Any] = []
-        self.num_outputs = 0
-        if hello:
-            self.send(Hello(PROTOCOL_VERSION, heartbeat_s))
-            self.welcome = self.receive(Welcome)
-
-    def send(self, message: msgspec.Struct) -> None:
-        assert self.channel.send(message)
-
-    def receive(self, kind: type) -> Any:
-        """The next message, which must be of this kind."""
-        received = self.channel.receive(WAIT_MS)
-        assert received is not None, "no answer"
-        assert isinstance(received[1], kind), received[1]
-        return received[1]
-
-    def generate(self, request_id: int, text: str, params: SamplingParams = ENDLESS, **options: Any) -> None:
-        self.send(Generate(request_id, TextPrompt(text), params, **options))
-
-    def gather(self, *request_ids: int) -> None:
-        """Receives until these requests have ended."""
-        while not set(request_ids) <= set(self.finished):
-            self.gather_one()
-
-    def gather_one(self) -> None:
-        received = self.channel.receive(WAIT_MS)
-        assert received is not None, "no answer"
-        message = received[1]
-        if not isinstance(message, Outputs):
-            self.others.append(message)
-            return
-        self.num_outputs += 1
-        ids = unpack_ints(message.request_ids, "<i8").tolist()
-        for request_id, token in zip(ids, unpack_ints(message.token_ids).tolist(), strict=True):
-            self.tokens.setdefault(request_id, []).append(token)
-        for request_id, text in message.texts:
-            self.texts[request_id] = self.texts.get(request_id, "") + text
-        for finished in message.finished:
-            self.finished[finished.request_id] = finished
-
-    def close(self) -> None:
-        self.channel.socket.close(linger=0)
-        self._context.term()
-
-
-@pytest.fixture
-def connect(frontend: Frontend) -> Iterator[Callable[..., Client]]:
-    clients: list[Client] = []
-
-    def make(of: Frontend = frontend, **options: Any) -> Client:
-        clients.append(Client(of.config.address, **options))
-        return clients[-1]
-
-    yield make
-    for client in clients:
-        client.close()
 
 
 @pytest.fixture
 def client(connect: Callable[..., Client]) -> Client:
     return connect()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.005)
 
 
 # --- handshake ------------------------------------------------------------------------------------------------------
@@ -345,6 +260,19 @@ def test_a_long_prompt_can_be_aborted_while_it_is_encoded(client: Client) -> Non
     assert client.others == []
 
 
+def test_the_id_of_an_aborted_prompt_can_be_used_again(frontend: Frontend, client: Client) -> None:
+    long, fits = "the quick brown fox " * 100_000, SamplingParams(max_tokens=2)
+    for message in (Generate(1, TextPrompt(long), fits), Abort([1]), Generate(1, TextPrompt(long), fits)):
+        client.send(message)
+    client.gather(1)
+    while not client.others:
+        client.gather_one()
+    assert client.others[0].kind == "invalid_request"
+    client.generate(2, "the fox", fits)
+    client.gather(2)
+    assert len(frontend.core.added) == 1
+
+
 def test_a_client_that_closes_has_its_requests_aborted(frontend: Frontend) -> None:
     frontend.core.step_seconds = 0.01
     client = Client(frontend.config.address)
@@ -374,139 +302,3 @@ def test_a_client_that_falls_silent_has_its_requests_aborted(
     assert alive.finished[1].reason == "length"
     silent.generate(2, "back again")
     assert "send Hello first" in silent.receive(Refused).reason
-
-
-# --- start and end --------------------------------------------------------------------------------------------------
-
-
-def test_clients_that_come_early_wait_for_the_engine(
-    make_frontend: Callable[..., Frontend], connect: Callable[..., Client]
-) -> None:
-    frontend = make_frontend()
-    frontend.core.may_be_ready.clear()
-    frontend.start(wait=False)
-    client = connect(frontend, hello=False)
-    client.send(Hello(PROTOCOL_VERSION))
-    assert client.channel.receive(700) is None
-    client.generate(1, "too early")
-    assert client.receive(Failed).message == "the engine is starting"
-    frontend.core.may_be_ready.set()
-    client.receive(Welcome)
-    assert isinstance(frontend.report(), ProcessReady)
-
-
-def test_sigterm_lets_requests_finish_and_refuses_new_ones(
-    make_frontend: Callable[..., Frontend], connect: Callable[..., Client]
-) -> None:
-    frontend = make_frontend(shutdown_timeout=10).start()
-    frontend.core.step_seconds = 0.01
-    client, late = connect(frontend), connect(frontend, hello=False)
-    client.generate(1, "the fox", SamplingParams(max_tokens=60, ignore_eos=True))
-    client.receive(Started)
-    assert frontend.process is not None
-    frontend.process.terminate()
-    wait_until(lambda: httpx.get(f"{frontend.url}/health").json()["status"] == "stopping", 5)
-    client.generate(2, "too late")
-    late.send(Hello(PROTOCOL_VERSION))
-    assert "stopping" in late.receive(Refused).reason
-    client.gather(1)
-    assert client.finished[1].reason == "length"
-    assert len(client.tokens[1]) == 60
-    assert [(m.request_id, m.kind) for m in client.others] == [(2, "unavailable")]
-    assert frontend.process.wait(10) == 0
-    assert not socket_path(frontend.config.address).exists()
-
-
-def test_sigterm_ends_what_takes_too_long(
-    make_frontend: Callable[..., Frontend], connect: Callable[..., Client]
-) -> None:
-    frontend = make_frontend(shutdown_timeout=0.2).start()
-    frontend.core.step_seconds = 0.01
-    client = connect(frontend)
-    client.generate(1, "the fox")
-    client.generate(2, "the dog", stream=False)
-    assert client.receive(Started)
-    assert frontend.terminate() == 0
-    client.gather(1, 2)
-    assert {finished.reason for finished in client.finished.values()} == {"abort"}
-    assert client.tokens[2]
-
-
-def test_sigterm_during_the_start_ends_at_once(make_frontend: Callable[..., Frontend]) -> None:
-    frontend = make_frontend()
-    frontend.core.may_be_ready.clear()
-    frontend.start(wait=False)
-    wait_until(lambda: socket_path(frontend.config.address).exists(), 10)
-    time.sleep(0.2)
-    assert frontend.terminate() == 0
-
-
-def test_a_core_that_goes_away_fails_running_requests(
-    make_frontend: Callable[..., Frontend], connect: Callable[..., Client]
-) -> None:
-    frontend = make_frontend().start()
-    frontend.core.step_seconds = 0.01
-    client = connect(frontend)
-    client.generate(1, "the fox")
-    client.receive(Started)
-    frontend.core.stop()
-    while not client.others:
-        client.gather_one()
-    assert client.others == [Failed(1, "unavailable", "the engine core is gone", None)]
-    client.send(GetStats(1))
-    assert "no statistics" in client.receive(Refused).reason
-    assert httpx.get(f"{frontend.url}/health").json() == {"status": "failed", "reason": "the engine core is gone"}
-    assert frontend.terminate() == 0
-
-
-def test_a_launcher_that_goes_away_takes_the_frontend_with_it(make_frontend: Callable[..., Frontend]) -> None:
-    frontend = make_frontend().start()
-    assert frontend.process is not None
-    assert frontend.process.stdin is not None
-    frontend.process.stdin.close()
-    assert frontend.process.wait(10) is not None
-    assert not socket_path(frontend.config.address).exists()
-
-
-def test_a_core_of_another_version_is_an_error_of_the_start(make_frontend: Callable[..., Frontend]) -> None:
-    frontend = make_frontend()
-    frontend.core.protocol_version = PROTOCOL_VERSION + 1
-    report = frontend.start(wait=False).report()
-    assert isinstance(report, ProcessFailed)
-    assert f"protocol {PROTOCOL_VERSION + 1}" in report.message
-    assert frontend.process is not None
-    assert frontend.process.wait(10) == 1
-
-
-def test_a_port_in_use_is_an_error_that_names_the_flag(make_frontend: Callable[..., Frontend]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        report = make_frontend(port=port).start(wait=False).report()
-    assert isinstance(report, ProcessFailed)
-    assert report.message == f"port {port} of 127.0.0.1 is in use; choose another with --port"
-
-
-def test_a_model_without_a_tokenizer_is_an_error_that_names_the_flag(
-    make_frontend: Callable[..., Frontend], tmp_path: Path
-) -> None:
-    report = make_frontend(tmp_path).start(wait=False).report()
-    assert isinstance(report, ProcessFailed)
-    assert "--skip-tokenizer-init" in report.message
-
-
-def test_without_http_only_ipc_is_served(
-    make_frontend: Callable[..., Frontend], connect: Callable[..., Client], tmp_path: Path
-) -> None:
-    frontend = make_frontend(tmp_path, http=False, skip_tokenizer_init=True).start()
-    assert frontend.ready is not None
-    assert frontend.ready.details == {"ipc": frontend.config.address}
-    client = connect(frontend)
-    assert not client.welcome.engine.has_tokenizer
-    client.send(Generate(1, TokenPrompt(pack_ints([4, 5])), SamplingParams(max_tokens=3, ignore_eos=True)))
-    client.gather(1)
-    assert client.tokens[1] == [4, 5, 4]
-    client.generate(2, "text")
-    assert "--skip-tokenizer-init" in client.receive(Failed).message
-    client.send(Generate(3, TokenPrompt(pack_ints([4])), SamplingParams(stop=("x",))))
-    assert client.receive(Failed).param == "stop"
-    assert frontend.terminate() == 0

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from bundled import MODEL_DIR
 from frontend.chat_template import ChatTemplate
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_file import tokenizer_file
 from protocol.errors import ConfigError, InvalidRequestError
+from protocol.model_config import load_model_config
 from tests.frontend.conftest import REPOSITORY, VOCAB_SIZE, make_tokenizer
 
 TEXTS = [
@@ -25,6 +27,7 @@ TEXTS = [
 ]
 
 TOOLS = [{"type": "function", "function": {"name": "größe", "description": '<b>it\'s & "5"</b>', "parameters": {}}}]
+CALL = {"id": "1", "type": "function", "function": {"name": "größe", "arguments": {"unit": "m²"}}}
 CONVERSATIONS = [
     [{"role": "user", "content": "Größe? <b>&</b> '\"'"}],
     [
@@ -33,19 +36,33 @@ CONVERSATIONS = [
         {"role": "assistant", "content": "4"},
         {"role": "user", "content": "{{ 1 + 1 }} {% raw %}"},
     ],
+    [
+        {"role": "user", "content": "How big?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "5 m", "tool_call_id": "1"},
+    ],
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(model_directory: Path) -> Tokenizer:
-    return Tokenizer.load(model_directory, model_directory / "tokenizer.json", VOCAB_SIZE)
+@pytest.fixture(scope="module", params=["small", "bundled"])
+def directory(request: pytest.FixtureRequest, model_directory: Path) -> Path:
+    return model_directory if request.param == "small" else MODEL_DIR
 
 
 @pytest.fixture(scope="module")
-def reference(model_directory: Path):
+def tokenizer(directory: Path) -> Tokenizer:
+    return Tokenizer.load(directory, directory / "tokenizer.json", load_vocab_size(directory))
+
+
+@pytest.fixture(scope="module")
+def reference(directory: Path):
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(str(model_directory))
+    return PreTrainedTokenizerFast.from_pretrained(str(directory))
+
+
+def load_vocab_size(directory: Path) -> int:
+    return VOCAB_SIZE if directory != MODEL_DIR else load_model_config(directory).vocab_size
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -120,6 +137,7 @@ def test_text_parts_are_joined_and_empty_fields_dropped() -> None:
     assert second["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
 
 
+@pytest.mark.parametrize("directory", ["small"], indirect=True)
 @pytest.mark.parametrize(
     ("messages", "named"),
     [

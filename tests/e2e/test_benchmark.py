@@ -1,0 +1,102 @@
+"""The benchmark client measures the real engine, over both ways in, and does not let a wrong run pass."""
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ROOT, RunningEngine
+
+SMALL = ["--num-requests", "12", "--input-len", "5-20", "--output-len", "4-9", "--no-warmup"]
+
+
+def run_client(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.client", *flags], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+
+
+@pytest.mark.parametrize("way", ["ipc", "http"])
+def test_table_and_file_are_written(engine: RunningEngine, way: str, tmp_path: Path) -> None:
+    target = ["--ipc", engine.address] if way == "ipc" else ["--http", engine.url, "--vocab-size", "2000"]
+    result = run_client(*target, *SMALL, "--json", str(tmp_path / "run.json"), "--runs", "2")
+    assert result.returncode == 0, result.stderr
+    assert "| output tok/s |" in result.stdout
+    assert "| time to first token |" in result.stdout
+    saved = json.loads((tmp_path / "run.json").read_text())
+    assert len(saved["runs"]) == 2
+    for run in saved["runs"]:
+        for request in run["requests"]:
+            assert request["output_len"] == request["wanted_len"] == len(request["token_times"])
+            assert request["sent"] < request["token_times"][0]
+
+
+def test_rate_concurrency_and_shared_prefix(engine: RunningEngine) -> None:
+    result = run_client(
+        "--ipc", engine.address, *SMALL, "--request-rate", "50", "--concurrency", "3", "--shared-prefix", "40"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_named_workload_that_does_not_fit_fails_with_the_reason(engine: RunningEngine) -> None:
+    result = run_client("--ipc", engine.address, "--workload", "longctx", "--no-warmup")
+    assert result.returncode == 1
+    assert "maximum context length" in result.stderr
+
+
+@pytest.mark.parametrize("flags", [["--ipc", "ipc:///nowhere/engine.sock"], ["--http", "http://127.0.0.1:9"]])
+def test_no_engine_there_is_one_line(flags: list[str]) -> None:
+    result = run_client(*flags, *SMALL)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+async def test_a_server_that_returns_too_few_tokens_is_noticed() -> None:
+    """Any OpenAI-compatible server can be measured: here one without token ids, that cuts answers short."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(
+                (int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if b"content-le" in line), 0
+            )
+            request = json.loads(await reader.readexactly(length)) if length else {}
+            if head.startswith(b"GET"):
+                body, status = b'{"data": [{"id": "short"}]}', b"200 OK"
+            elif request.get("return_token_ids"):
+                body, status = b'{"error": "unknown field"}', b"400 Bad Request"
+            else:
+                events = [{"choices": [{"text": "a"}]}, {"choices": [], "usage": {"completion_tokens": 1}}]
+                body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
+                body, status = body + b"data: [DONE]\n\n", b"200 OK"
+            writer.write(b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await answer(reader, writer)
+        except asyncio.IncompleteReadError:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    flags = ["--http", f"http://127.0.0.1:{port}", "--num-requests", "3", "--output-len", "2", "--no-warmup"]
+    result = await asyncio.to_thread(run_client, *flags)
+    server.close()
+    assert result.returncode == 1
+    assert "1 tokens came back, 2 were asked for" in result.stderr
+
+
+def test_the_core_benchmark_runs() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.core_step", "--running", "4", "--steps", "50"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "| 4 |" in result.stdout
