@@ -142,7 +142,7 @@ def sample(
         positions: [rows] int32, position of the token being drawn.
 
     Returns:
-        [rows] int32; -1 for a row that holds a NaN or has no finite logit.
+        [rows] int32; -1 for a row that holds NaN or +inf or has no finite logit.
     """
     return _launch(logits, row_slots, temperature, seeds, positions)
 
@@ -154,7 +154,7 @@ def argmax_sample(logits: torch.Tensor) -> torch.Tensor:
         logits: [rows, vocab] fp32 or bf16, rows may be strided.
 
     Returns:
-        [rows] int32; the lowest index among equals, -1 for a row that holds a NaN or has no finite logit.
+        [rows] int32; the lowest index among equals, -1 for a row that holds NaN or +inf or has no finite logit.
     """
     return _launch(logits, None, None, None, None)
 
@@ -166,7 +166,8 @@ def argmax_sample_reference(logits: torch.Tensor) -> torch.Tensor:
 
 def _best(score: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """The index of each row's best score; -1 where the logits behind it are unusable."""
-    usable = ~logits.isnan().any(-1) & logits.isfinite().any(-1)
+    # A NaN anywhere in a row is its maximum.
+    usable = logits.amax(-1).isfinite()
     return torch.where(usable, score.argmax(-1).to(torch.int32), -1)
 
 
