@@ -6,6 +6,7 @@ frontend (running requests end), core, worker (the GPU is freed). Knows nothing 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -27,7 +28,6 @@ from protocol.messages import Malformed, ProcessFailed, ProcessReady, Progress, 
 from protocol.resolve import resolve
 from protocol.transport import Channel, open_socket
 
-# In the order in which they stop.
 PROCESSES = {"frontend": "frontend.server", "core": "core.engine", "worker": "worker.main"}
 # Set by a program that starts an engine of its own: the read end of a pipe that closes when that program is gone.
 LIFELINE_VARIABLE = "MINI_VLLM_LIFELINE_FD"
@@ -86,7 +86,8 @@ class Launcher:
             error = self._supervise()
         finally:
             self._display.close()
-            self._stop_all()
+            # Without a core or a worker no request can finish: with the core gone first, the frontend says so at once.
+            self._stop_all(("frontend", "core", "worker") if error is None else ("core", "frontend", "worker"))
             self._reports.close()
             self._context.term()
             os.close(self._lifeline_read)
@@ -160,9 +161,12 @@ class Launcher:
             lines.append(f"IPC     {self._config.address}")
         print("\n".join(lines), flush=True)
 
-    def _stop_all(self) -> None:
+    def _stop_all(self, order: Sequence[str]) -> None:
         """Stops the processes in order, each by SIGTERM, and by SIGKILL if it does not heed that in time."""
-        for name, process in sorted(self._processes.items(), key=lambda item: list(PROCESSES).index(item[0])):
+        for name in order:
+            process = self._processes.get(name)
+            if process is None:
+                continue
             # The core tells the worker to stop, so that the GPU is freed after the last step.
             if process.poll() is None and (name != "worker" or not self._core_said_goodbye()):
                 process.send_signal(signal.SIGTERM)
@@ -200,7 +204,9 @@ def launch(options: EngineOptions) -> int:
         ConfigError: the options do not make an engine that can start here.
     """
     address = options.ipc or default_address()
-    directory = private_directory(socket_path(address).parent)
+    directory = socket_path(address).parent
+    is_new = not directory.exists()
+    private_directory(directory)
     lock = AddressLock(address)
     run_directory = Path(tempfile.mkdtemp(prefix="run-", dir=directory))
     try:
@@ -213,6 +219,10 @@ def launch(options: EngineOptions) -> int:
         shutil.rmtree(run_directory, ignore_errors=True)
         socket_path(address).unlink(missing_ok=True)
         lock.release()
+        if is_new:
+            # Unless another engine has made itself at home meanwhile.
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
 
 def _watch_lifeline(launcher: Launcher) -> None:

@@ -24,12 +24,14 @@ class _Response:
 
     Attributes:
         has_begun: the server has answered something.
+        keeps_connection: the connection is good for another request. Known when the response is complete.
     """
 
     def __init__(self) -> None:
         self.parser = httptools.HttpResponseParser(self)
         self.has_begun = False
         self.is_complete = False
+        self.keeps_connection = False
         self._body = b""
 
     def on_message_begin(self) -> None:
@@ -40,6 +42,8 @@ class _Response:
 
     def on_message_complete(self) -> None:
         self.is_complete = True
+        # Asked here, because the parser forgets the message's headers when it is over.
+        self.keeps_connection = self.parser.should_keep_alive()
 
     def take_events(self) -> list[bytes]:
         """The data of each event. What comes without an id or a type has one line, "data:" and JSON."""
@@ -110,6 +114,8 @@ class HttpTransport:
             result.error = (
                 f"status {response.parser.get_status_code()}: {response.rest()[:300].decode('utf-8', 'replace')}"
             )
+        elif result.error is None and not result.output_len:
+            result.error = "the server reported no usage, which is what counts the tokens"
 
     async def close(self) -> None:
         for _, writer in self._idle:
@@ -133,7 +139,7 @@ class HttpTransport:
                     raise
                 continue
             finally:
-                if response.is_complete and response.parser.should_keep_alive():
+                if response.keeps_connection:
                     self._idle.append((reader, writer))
                 else:
                     writer.close()

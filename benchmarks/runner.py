@@ -6,6 +6,7 @@ Times are taken in this process: a request's clock starts when it is sent, the r
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import time
 from collections.abc import AsyncIterator
@@ -59,7 +60,7 @@ class RequestResult:
         Tokens that came together count once. Counted as gaps of zero, they would flatter whoever holds tokens back.
         """
         arrivals = list(dict.fromkeys(self.token_times))
-        return [later - earlier for earlier, later in zip(arrivals, arrivals[1:])]
+        return [later - earlier for earlier, later in itertools.pairwise(arrivals)]
 
 
 class Transport(Protocol):

@@ -1,9 +1,11 @@
-"""The engine against `transformers.generate` on the same machine, model and prompts, in one run.
+"""The engine against `transformers.generate` on the same machine, with the same model and prompts, in one run.
 
     python -m benchmarks.versus_transformers
 
-The engine gets all requests at once, through the client and its processes; transformers gets them in padded batches.
-Both run greedily in float32 to the same number of tokens, and the answers are compared.
+64 held-out questions of the bundled model's domain. The engine gets them all at once, through the client and its
+processes; transformers gets them in padded batches of 16. Both answer greedily in float32, once to the end of each
+answer and once to a fixed number of tokens. The two take turns, so that what else the machine does hits both alike; the
+answers are compared.
 """
 
 from __future__ import annotations
@@ -13,98 +15,130 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
 from bundled import MODEL_DIR
+from bundled.corpus import held_out
 from frontend import LLM, SamplingParams
 
-
-def make_prompts(count: int, vocab_size: int) -> list[list[int]]:
-    """Token ids of 16 to 64 tokens, without special tokens, which come first in the vocabulary or last."""
-    chooser = random.Random(0)
-    return [chooser.choices(range(300, vocab_size - 50), k=chooser.randint(16, 64)) for _ in range(count)]
+# Longer than any answer of the bundled model.
+LONGEST_ANSWER = 400
 
 
-def timed(runs: int, function: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
-    """Median seconds of some runs after a warm-up, and the last run's answers."""
-    answers = function()
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        answers = function()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), answers
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Medians over runs that took turns; `ratio` is the median of the runs' own ratios."""
+
+    what: str
+    requests: int
+    tokens: int
+    engine_tokens_per_s: float
+    transformers_tokens_per_s: float
+    ratio: float
+    equal_answers: int
 
 
-def run_engine(model: Path, prompts: list[list[int]], output_len: int, runs: int) -> tuple[float, list[list[int]]]:
-    params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
-    options = {"device": "cpu", "dtype": "float32", "enable_prefix_caching": False}
-    with LLM(str(model), **options) as llm:
-        return timed(runs, lambda: [r.outputs[0].token_ids for r in llm.generate(prompts, params, use_tqdm=False)])
+def make_prompts(count: int) -> list[list[int]]:
+    """Token ids of held-out questions of all categories, in random order."""
+    questions = [item.prompt for item in held_out(per_category=2)]
+    random.Random(0).shuffle(questions)
+    tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+    return [encoding.ids for encoding in tokenizer.encode_batch(questions[:count], add_special_tokens=False)]
 
 
-def run_transformers(
-    model: Path, prompts: list[list[int]], output_len: int, runs: int, batch_size: int
-) -> tuple[float, list[list[int]]]:
-    import torch
-    from transformers import AutoModelForCausalLM
+class Reference:
+    """`transformers.generate` over padded batches."""
 
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    def __init__(self, batch_size: int) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+        self._batch_size = batch_size
 
-    def generate() -> list[list[int]]:
-        answers = []
-        for first in range(0, len(prompts), batch_size):
-            batch = prompts[first : first + batch_size]
+    def generate(self, prompts: list[list[int]], fixed_len: int | None) -> list[list[int]]:
+        eos = self._model.generation_config.eos_token_id
+        answers: list[list[int]] = []
+        for first in range(0, len(prompts), self._batch_size):
+            batch = prompts[first : first + self._batch_size]
             longest = max(map(len, batch))
-            ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch])
-            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch])
-            output = reference.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=output_len,
-                min_new_tokens=output_len,
+            output = self._model.generate(
+                torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in batch]),
+                attention_mask=torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in batch]),
+                max_new_tokens=fixed_len or LONGEST_ANSWER,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
                 top_k=None,
                 pad_token_id=0,
-                eos_token_id=None,
+                eos_token_id=None if fixed_len else eos,
             )
-            answers += output[:, longest:].tolist()
+            answers += [_until_eos(row, [] if fixed_len else eos) for row in output[:, longest:].tolist()]
         return answers
 
-    return timed(runs, generate)
+
+def _until_eos(tokens: list[int], eos: list[int]) -> list[int]:
+    end = next((index + 1 for index, token in enumerate(tokens) if token in eos), len(tokens))
+    return tokens[:end]
+
+
+def compare(
+    llm: LLM, reference: Reference, what: str, prompts: list[list[int]], fixed_len: int | None, runs: int
+) -> Comparison:
+    params = SamplingParams(
+        temperature=0.0, max_tokens=fixed_len or LONGEST_ANSWER, ignore_eos=fixed_len is not None, detokenize=False
+    )
+    seconds: dict[str, list[float]] = {"engine": [], "transformers": []}
+    # The first turn of each warms up and is not counted.
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        ours = [result.outputs[0].token_ids for result in llm.generate(prompts, params, use_tqdm=False)]
+        middle = time.perf_counter()
+        theirs = reference.generate(prompts, fixed_len)
+        seconds["engine"].append(middle - start)
+        seconds["transformers"].append(time.perf_counter() - middle)
+    engine, transformers = seconds["engine"][1:], seconds["transformers"][1:]
+    tokens = sum(map(len, ours))
+    return Comparison(
+        what=what,
+        requests=len(prompts),
+        tokens=tokens,
+        engine_tokens_per_s=tokens / statistics.median(engine),
+        transformers_tokens_per_s=sum(map(len, theirs)) / statistics.median(transformers),
+        ratio=statistics.median(b / a for a, b in zip(engine, transformers, strict=True)),
+        equal_answers=sum(a == b for a, b in zip(ours, theirs, strict=True)),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--model", type=Path, default=MODEL_DIR, help="model directory")
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=128, help="tokens of the run of fixed length")
     parser.add_argument("--batch-size", type=int, default=16, help="requests that transformers gets at once")
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path, help="file to save the figures to")
     arguments = parser.parse_args()
-    vocab_size = json.loads((arguments.model / "config.json").read_text())["vocab_size"]
-    prompts = make_prompts(arguments.requests, vocab_size)
-    size = (prompts, arguments.output_len, arguments.runs)
-    engine_seconds, engine_answers = run_engine(arguments.model, *size)
-    reference_seconds, reference_answers = run_transformers(arguments.model, *size, arguments.batch_size)
-    tokens = arguments.requests * arguments.output_len
-    equal = sum(a == b for a, b in zip(engine_answers, reference_answers, strict=True))
-    figures = {
-        "engine_tokens_per_s": tokens / engine_seconds,
-        "transformers_tokens_per_s": tokens / reference_seconds,
-        "ratio": reference_seconds / engine_seconds,
-        "equal_answers": equal,
-        "requests": arguments.requests,
-    }
-    print(f"| what | tokens/s |\n|---|---|\n| engine | {figures['engine_tokens_per_s']:.0f} |")
-    print(f"| transformers, batches of {arguments.batch_size} | {figures['transformers_tokens_per_s']:.0f} |")
-    print(f"ratio {figures['ratio']:.2f}; {equal} of {arguments.requests} answers equal")
+    prompts = make_prompts(arguments.requests)
+    reference = Reference(arguments.batch_size)
+    with LLM(device="cpu", dtype="float32", enable_prefix_caching=False) as llm:
+        rows = [
+            compare(llm, reference, "to the end of each answer", prompts, None, arguments.runs),
+            compare(
+                llm, reference, f"{arguments.output_len} tokens each", prompts, arguments.output_len, arguments.runs
+            ),
+        ]
+    print(
+        "| answers | tokens | engine, tok/s | transformers, tok/s | ratio | equal answers |\n|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        print(
+            f"| {row.what} | {row.tokens} | {row.engine_tokens_per_s:.0f} | {row.transformers_tokens_per_s:.0f} "
+            f"| {row.ratio:.2f} | {row.equal_answers} of {row.requests} |"
+        )
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def completion_of(message: Message, enable_thinking: bool) -> str:
         text = f"<think>\n{thought}\n</think>\n\n{text}"
     calls = [
         f'<tool_call>\n{{"name": "{call["function"]["name"]}", "arguments": '
-        f'{json.dumps(call["function"]["arguments"], ensure_ascii=False)}}}\n</tool_call>'
+        f"{json.dumps(call['function']['arguments'], ensure_ascii=False)}}}\n</tool_call>"
         for call in message.get("tool_calls", [])
     ]
     return "\n".join(([text] if text else []) + calls) + END_OF_TURN
@@ -71,10 +71,16 @@ def draw(rng: random.Random, make: Callable[[], Turn], held_out: bool = False) -
             return dress(rng, turn)
 
 
-_SYSTEMS = ("You are a helpful assistant.", "You are Tiny, a small and friendly model.",
-            "Be kind and helpful.",
-            "You are an assistant. Answer the questions of the user.", "You are a teacher for children.",
-            "Answer as well as you can.", "You are a bot on a web page.", "You help people.")
+_SYSTEMS = (
+    "You are a helpful assistant.",
+    "You are Tiny, a small and friendly model.",
+    "Be kind and helpful.",
+    "You are an assistant. Answer the questions of the user.",
+    "You are a teacher for children.",
+    "Answer as well as you can.",
+    "You are a bot on a web page.",
+    "You help people.",
+)
 _SHORT_SYSTEMS = (*BRIEF[:2], "Always answer in one word.", "Only give the answer, nothing else.")
 
 
@@ -96,9 +102,16 @@ def messages_of(turn: Turn) -> list[Message]:
     """The user message of a turn and what follows it."""
     messages: list[Message] = [{"role": "user", "content": turn.question}]
     if turn.calls:
-        messages.append({"role": "assistant", "content": "", "tool_calls": [
-            {"type": "function", "function": {"name": name, "arguments": arguments}}
-            for name, arguments in turn.calls]})
+        messages.append(
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"type": "function", "function": {"name": name, "arguments": arguments}}
+                    for name, arguments in turn.calls
+                ],
+            }
+        )
         messages += [{"role": "tool", "content": result} for result in turn.results]
         if not turn.results:
             return messages
@@ -226,8 +239,7 @@ def _statement(rng: random.Random) -> str:
     draw_ = rng.random()
     if draw_ < 0.3:
         country, city, _ = rng.choice(facts.COUNTRIES)
-        return f"The capital of {country} is {city}." if rng.random() < 0.7 else \
-            f"{city} is the capital of {country}."
+        return f"The capital of {country} is {city}." if rng.random() < 0.7 else f"{city} is the capital of {country}."
     if draw_ < 0.5:
         category = rng.choice(("color", "opposite", "animal", "word form", "continent", "order"))
         return questions.MAKERS[category][0](rng).answer
@@ -247,20 +259,23 @@ def _statements(rng: random.Random, count: int) -> list[str]:
     return list(found)
 
 
-_LIKES = ("books", "music", "the sea", "long walks", "old maps", "tea", "cakes", "the stars", "rainy days",
-          "trains")
+_LIKES = ("books", "music", "the sea", "long walks", "old maps", "tea", "cakes", "the stars", "rainy days", "trains")
 
 
 def _introduction(rng: random.Random) -> str:
     """A few sentences in which somebody tells who they are."""
     name, (animal, *_), shade = any_name(rng), rng.choice(facts.ANIMALS), rng.choice(facts.GROUPS["colors"])
-    more = [f"I am {rng.randint(5, 90)} years old.", f"I live in {any_city(rng)}.",
-            f"I have {stories.with_article(animal)}.", f"My favorite color is {shade}.",
-            f"I like {' and '.join(rng.sample(_LIKES, 2))}.", f"My best friend is called {any_name(rng)}."]
+    more = [
+        f"I am {rng.randint(5, 90)} years old.",
+        f"I live in {any_city(rng)}.",
+        f"I have {stories.with_article(animal)}.",
+        f"My favorite color is {shade}.",
+        f"I like {' and '.join(rng.sample(_LIKES, 2))}.",
+        f"My best friend is called {any_name(rng)}.",
+    ]
     rng.shuffle(more)
-    hello = rng.choice(("Hello, my name is {n}.", "My name is {n}.", "Hi, I am {n}.",
-                        "I am {n}.")).format(n=name)
-    return " ".join([hello, *more[:rng.randint(2, 6)]])
+    hello = rng.choice(("Hello, my name is {n}.", "My name is {n}.", "Hi, I am {n}.", "I am {n}.")).format(n=name)
+    return " ".join([hello, *more[: rng.randint(2, 6)]])
 
 
 def statement_prompt(rng: random.Random) -> tuple[str, str]:
@@ -269,8 +284,9 @@ def statement_prompt(rng: random.Random) -> tuple[str, str]:
     country, city, _ = rng.choice(facts.COUNTRIES)
     left, right = rng.choice(facts.OPPOSITES)
     thing, shade = rng.choice(facts.COLORS)
-    start, word = rng.choice(((f"The capital of {country} is", city), (f"The opposite of {left} is", right),
-                              (f"{cap(thing)} is", shade)))
+    start, word = rng.choice(
+        ((f"The capital of {country} is", city), (f"The opposite of {left} is", right), (f"{cap(thing)} is", shade))
+    )
     return " ".join([*before, start]), f" {word}."
 
 
@@ -343,8 +359,13 @@ def _held_out_turn(rng: random.Random, category: str) -> tuple[Turn, list[toolca
     if category in ("tool call", "tool answer", "parallel calls"):
         while True:
             tools = toolcalls.make_tools(rng)
-            turn = draw(rng, lambda tools=tools: toolcalls.call_turn(  # type: ignore[misc]
-                rng, tools, answered=category == "tool answer"), held_out=True)
+            turn = draw(
+                rng,
+                lambda tools=tools: toolcalls.call_turn(  # type: ignore[misc]
+                    rng, tools, answered=category == "tool answer"
+                ),
+                held_out=True,
+            )
             if (turn.category == "parallel calls") == (category == "parallel calls"):
                 return turn, tools
     if category == "no tool":
@@ -370,8 +391,7 @@ def held_out(per_category: int = 24, seed: int = 20_000) -> list[HeldOut]:
                 repeats += 1
                 continue
             seen.add(turn.key)
-            talk = Conversation(tools=[tool.schema for tool in tools] or None,
-                                enable_thinking=rng.random() < 0.75)
+            talk = Conversation(tools=[tool.schema for tool in tools] or None, enable_thinking=rng.random() < 0.75)
             _style(rng, turn, brief=False)
             for earlier in turn.before:
                 talk.messages += messages_of(earlier)
@@ -380,10 +400,18 @@ def held_out(per_category: int = 24, seed: int = 20_000) -> list[HeldOut]:
                 talk.messages += messages_of(between)
             talk.messages += messages_of(turn)
             thinks = bool(turn.thinking) and talk.enable_thinking
-            items.append(HeldOut(
-                category, render(talk.messages[:-1], talk.tools, talk.enable_thinking), turn.answer,
-                turn.check,
-                turn.need, turn.calls, thinks, split_key(turn)))
+            items.append(
+                HeldOut(
+                    category,
+                    render(talk.messages[:-1], talk.tools, talk.enable_thinking),
+                    turn.answer,
+                    turn.check,
+                    turn.need,
+                    turn.calls,
+                    thinks,
+                    split_key(turn),
+                )
+            )
     found: set[str] = set()
     while len(found) < per_category:
         prompt, answer = statement_prompt(rng)

@@ -65,34 +65,52 @@ def is_right(item: HeldOut, text: str) -> bool:
 
 
 @torch.inference_mode()
-def generate(model: Qwen3ForCausalLM, tokenizer: Any, prompts: list[str], batch_size: int = 64,
-             max_new_tokens: int = 320, **sampling: Any) -> list[str]:
+def generate(
+    model: Qwen3ForCausalLM,
+    tokenizer: Any,
+    prompts: list[str],
+    batch_size: int = 64,
+    max_new_tokens: int = 320,
+    **sampling: Any,
+) -> list[str]:
     """Continue prompts, greedily unless told otherwise. Special tokens are kept, up to the first end."""
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
-        chosen = order[start:start + batch_size]
-        batch = tokenizer([prompts[index] for index in chosen], return_tensors="pt", padding=True,
-                          padding_side="left", add_special_tokens=False).to(model.device)
+        chosen = order[start : start + batch_size]
+        batch = tokenizer(
+            [prompts[index] for index in chosen],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        ).to(model.device)
         output = model.generate(
-            **batch, generation_config=transformers.GenerationConfig(
-                max_new_tokens=max_new_tokens, eos_token_id=list(model.generation_config.eos_token_id),
-                pad_token_id=model.generation_config.pad_token_id, **({"do_sample": False} | sampling)))
-        for index, row in zip(chosen, output[:, batch["input_ids"].shape[1]:].tolist(), strict=True):
+            **batch,
+            generation_config=transformers.GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(model.generation_config.eos_token_id),
+                pad_token_id=model.generation_config.pad_token_id,
+                **({"do_sample": False} | sampling),
+            ),
+        )
+        for index, row in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             text = tokenizer.decode(row, skip_special_tokens=False)
             cut = re.search(f"{re.escape(END_OF_TURN)}|{re.escape(END_OF_TEXT)}", text)
-            texts[index] = text[:cut.end()] if cut else text
+            texts[index] = text[: cut.end()] if cut else text
     return texts
 
 
-def load(path: Path = MODEL_DIR, device: str = "cpu",
-         dtype: torch.dtype = torch.float32) -> tuple[Qwen3ForCausalLM, Any]:
+def load(
+    path: Path = MODEL_DIR, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Qwen3ForCausalLM, Any]:
     """The model and its tokenizer, ready to generate."""
     model = Qwen3ForCausalLM.from_pretrained(path, dtype=dtype)
     # Greedy unless `generate` is told otherwise: the shipped defaults sample.
     ends = model.generation_config
     model.generation_config = transformers.GenerationConfig(
-        do_sample=False, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id)
+        do_sample=False, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id
+    )
     return model.to(device).eval(), AutoTokenizer.from_pretrained(path)
 
 
@@ -103,8 +121,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--per-category", type=int, default=24)
     parser.add_argument("--sample", action="store_true", help="sample as generation_config.json says, seed 0")
-    parser.add_argument("--show-wrong", type=int, default=0,
-                        help="print up to so many wrong answers a category")
+    parser.add_argument("--show-wrong", type=int, default=0, help="print up to so many wrong answers a category")
     arguments = parser.parse_args()
     model, tokenizer = load(arguments.model, arguments.device, getattr(torch, arguments.dtype))
     items = held_out(arguments.per_category)
@@ -112,8 +129,12 @@ def main() -> None:
     if arguments.sample:
         torch.manual_seed(0)
         defaults = transformers.GenerationConfig.from_pretrained(arguments.model)
-        sampling = {"do_sample": True, "temperature": defaults.temperature, "top_p": defaults.top_p,
-                    "top_k": defaults.top_k}
+        sampling = {
+            "do_sample": True,
+            "temperature": defaults.temperature,
+            "top_p": defaults.top_p,
+            "top_k": defaults.top_k,
+        }
     texts = generate(model, tokenizer, [item.prompt for item in items], **sampling)
     right: dict[str, int] = defaultdict(int)
     asked: dict[str, int] = defaultdict(int)
@@ -121,8 +142,9 @@ def main() -> None:
         asked[item.category] += 1
         right[item.category] += is_right(item, text)
         if not is_right(item, text) and asked[item.category] - right[item.category] <= arguments.show_wrong:
-            print(f"{item.category}: {item.prompt[-160:]!r}\n    expected {item.answer or item.calls!r}\n"
-                  f"    got {text!r}")
+            print(
+                f"{item.category}: {item.prompt[-160:]!r}\n    expected {item.answer or item.calls!r}\n    got {text!r}"
+            )
     for category, count in asked.items():
         print(f"{category:16s} {right[category]:3d} / {count:3d}  {right[category] / count:6.1%}")
     total = sum(asked.values())

@@ -27,52 +27,109 @@ def with_article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
-_ANIMAL_ADJECTIVES = ("small", "brave", "young", "clever", "gentle", "curious", "shy", "kind", "lonely",
-                      "merry")
-HEROES = [Kind(noun, _ANIMAL_ADJECTIVES) for noun in (
-    "fox", "rabbit", "bear", "owl", "mouse", "frog", "cat", "dog", "wolf", "lion", "duck", "hedgehog",
-    "squirrel",
-    "turtle", "goat", "horse", "penguin", "elephant", "bee", "crow", "dragon", "robot", "king", "queen",
-    "princess",
-    "prince", "farmer", "baker", "sailor", "wizard", "girl", "boy", "giant", "painter", "shepherd")]
+_ANIMAL_ADJECTIVES = ("small", "brave", "young", "clever", "gentle", "curious", "shy", "kind", "lonely", "merry")
+HEROES = [
+    Kind(noun, _ANIMAL_ADJECTIVES)
+    for noun in (
+        "fox",
+        "rabbit",
+        "bear",
+        "owl",
+        "mouse",
+        "frog",
+        "cat",
+        "dog",
+        "wolf",
+        "lion",
+        "duck",
+        "hedgehog",
+        "squirrel",
+        "turtle",
+        "goat",
+        "horse",
+        "penguin",
+        "elephant",
+        "bee",
+        "crow",
+        "dragon",
+        "robot",
+        "king",
+        "queen",
+        "princess",
+        "prince",
+        "farmer",
+        "baker",
+        "sailor",
+        "wizard",
+        "girl",
+        "boy",
+        "giant",
+        "painter",
+        "shepherd",
+    )
+]
 
 _LADIES = ("queen", "princess", "girl")
 _MEN = ("king", "prince", "boy")
 
 # place -> how it looks
 PLACES: dict[str, tuple[str, ...]] = {
-    "river": ("wide", "cold", "silver"), "forest": ("dark", "deep", "old"),
+    "river": ("wide", "cold", "silver"),
+    "forest": ("dark", "deep", "old"),
     "mountain": ("high", "snowy", "steep"),
-    "castle": ("gray", "lonely", "great"), "lake": ("still", "blue", "round"),
+    "castle": ("gray", "lonely", "great"),
+    "lake": ("still", "blue", "round"),
     "village": ("quiet", "little", "old"),
-    "island": ("green", "far", "sunny"), "garden": ("secret", "lovely", "wild"),
+    "island": ("green", "far", "sunny"),
+    "garden": ("secret", "lovely", "wild"),
     "cave": ("dark", "deep", "cold"),
-    "bridge": ("narrow", "wooden", "old"), "lighthouse": ("white", "tall", "lonely"),
+    "bridge": ("narrow", "wooden", "old"),
+    "lighthouse": ("white", "tall", "lonely"),
     "meadow": ("green", "soft", "wide"),
-    "tower": ("tall", "crooked", "stone"), "market": ("busy", "loud", "bright"),
+    "tower": ("tall", "crooked", "stone"),
+    "market": ("busy", "loud", "bright"),
     "café": ("little", "warm", "cosy"),
-    "library": ("dusty", "great", "quiet"), "mill": ("old", "creaky", "small"),
+    "library": ("dusty", "great", "quiet"),
+    "mill": ("old", "creaky", "small"),
     "harbor": ("busy", "foggy", "small"),
-    "desert": ("hot", "wide", "golden"), "beach": ("sandy", "long", "windy"),
+    "desert": ("hot", "wide", "golden"),
+    "beach": ("sandy", "long", "windy"),
 }
 THINGS: dict[str, tuple[str, ...]] = {
-    "lantern": ("golden", "little", "bright"), "key": ("silver", "rusty", "tiny"),
+    "lantern": ("golden", "little", "bright"),
+    "key": ("silver", "rusty", "tiny"),
     "map": ("old", "torn", "strange"),
-    "bell": ("brass", "small", "shiny"), "book": ("thick", "magic", "dusty"),
+    "bell": ("brass", "small", "shiny"),
+    "book": ("thick", "magic", "dusty"),
     "ring": ("golden", "magic", "lost"),
-    "boat": ("small", "wooden", "red"), "drum": ("big", "old", "painted"), "kite": ("red", "paper", "bright"),
-    "star": ("fallen", "tiny", "bright"), "clock": ("old", "broken", "tall"),
+    "boat": ("small", "wooden", "red"),
+    "drum": ("big", "old", "painted"),
+    "kite": ("red", "paper", "bright"),
+    "star": ("fallen", "tiny", "bright"),
+    "clock": ("old", "broken", "tall"),
     "seed": ("tiny", "strange", "golden"),
-    "flute": ("wooden", "silver", "old"), "crown": ("golden", "lost", "heavy"),
+    "flute": ("wooden", "silver", "old"),
+    "crown": ("golden", "lost", "heavy"),
     "hat": ("tall", "green", "funny"),
-    "cake": ("sweet", "huge", "round"), "letter": ("secret", "blue", "lost"),
+    "cake": ("sweet", "huge", "round"),
+    "letter": ("secret", "blue", "lost"),
     "egg": ("blue", "huge", "spotted"),
-    "mirror": ("magic", "round", "old"), "umbrella": ("yellow", "big", "old"),
+    "mirror": ("magic", "round", "old"),
+    "umbrella": ("yellow", "big", "old"),
 }
 
-_HOBBIES = ("sing songs", "count the stars", "walk in the sun", "dance in the rain", "tell jokes",
-            "watch the clouds",
-            "collect shiny stones", "dream of far lands", "climb high hills", "play with the wind")
+_HOBBIES = (
+    "sing songs",
+    "count the stars",
+    "walk in the sun",
+    "dance in the rain",
+    "tell jokes",
+    "watch the clouds",
+    "collect shiny stones",
+    "dream of far lands",
+    "climb high hills",
+    "play with the wind",
+)
 _OPENINGS = (
     "Once upon a time, there was {akind} named {N}.",
     "Once upon a time, {akind} named {N} lived in a little house by the road.",
@@ -160,7 +217,7 @@ _FRIEND_DEEDS = (
     "So {N} gave half of everything to {F}.",
     "So {N} took a long rope and helped the {friend}.",
     "So {N} and {F} sat down and made a plan together.",
-    "{N} said to the {friend}, \"Do not worry, I will help you.\"",
+    '{N} said to the {friend}, "Do not worry, I will help you."',
     "Together {N} and {F} walked all night under the stars.",
 )
 _FRIEND_ENDS = (
@@ -169,17 +226,21 @@ _FRIEND_ENDS = (
     "Since that day nobody has seen {N} without {F}.",
     "And the {friend} never forgot what {N} had done.",
 )
-_HELPERS = ("snail", "raven", "toad", "beaver", "badger", "stork", "miller", "grandmother", "fisherman",
-            "moth")
+_HELPERS = ("snail", "raven", "toad", "beaver", "badger", "stork", "miller", "grandmother", "fisherman", "moth")
 _ADVICE = (
-    "Slow steps are steps too", "Listen to the wind", "Look with your heart", "Ask, and you will learn",
-    "Nobody has to be brave alone", "The smallest light is still a light", "Try once more",
+    "Slow steps are steps too",
+    "Listen to the wind",
+    "Look with your heart",
+    "Ask, and you will learn",
+    "Nobody has to be brave alone",
+    "The smallest light is still a light",
+    "Try once more",
 )
 _HELPS = (
-    "Then an old {helper} came by and said, \"{advice}.\"",
-    "\"{advice},\" said an old {helper} who was sitting nearby.",
-    "At that moment {ahelper} looked up and said, \"{advice}.\"",
-    "A wise {helper} heard about it and said, \"{advice}.\"",
+    'Then an old {helper} came by and said, "{advice}."',
+    '"{advice}," said an old {helper} who was sitting nearby.',
+    'At that moment {ahelper} looked up and said, "{advice}."',
+    'A wise {helper} heard about it and said, "{advice}."',
 )
 _TRIES = (
     "{N} tried and tried, but nothing helped.",
@@ -236,8 +297,7 @@ def _episode(rng: random.Random, noun: str, slots: dict[str, str]) -> list[str]:
         groups = (_FRIEND_MEETINGS, _FRIEND_TROUBLES, _TRIES, _HELPS, _FRIEND_DEEDS, _FRIEND_ENDS)
         friend = next(kind for kind in HEROES if kind.noun == noun)
         name = rng.choice([name for name in NAMES if name != slots["N"] and fits(friend, name)])
-        slots |= {"friend": noun, "F": name,
-                  "afriend": with_article(f"{rng.choice(friend.adjectives)} {noun}")}
+        slots |= {"friend": noun, "F": name, "afriend": with_article(f"{rng.choice(friend.adjectives)} {noun}")}
     helper = rng.choice(_HELPERS)
     slots |= {"helper": helper, "ahelper": with_article(helper), "advice": rng.choice(_ADVICE)}
     return [rng.choice(group).format(**slots) for group in groups]
@@ -249,7 +309,11 @@ def tell(rng: random.Random, subject: Subject, long: bool = False) -> str:
     if subject.hero.noun in _LADIES:
         he, his = "she", "her"
     slots = {
-        "N": subject.name, "he": he, "He": he.capitalize(), "his": his, "hobby": rng.choice(_HOBBIES),
+        "N": subject.name,
+        "he": he,
+        "He": he.capitalize(),
+        "his": his,
+        "hobby": rng.choice(_HOBBIES),
         "akind": with_article(f"{rng.choice(subject.hero.adjectives)} {subject.hero.noun}"),
     }
     sentences = [rng.choice(_OPENINGS).format(**slots), rng.choice(_HABITS).format(**slots)]
@@ -261,7 +325,9 @@ def tell(rng: random.Random, subject: Subject, long: bool = False) -> str:
     sentences.append(rng.choice(_CLOSINGS).format(**slots))
     if rng.random() < 0.3:
         sentences.append("The end.")
-    paragraphs = [" ".join(sentence for sentence in part if sentence)
-                  for part in (sentences[:4], sentences[4:])] if rng.random() < 0.3 else \
-        [" ".join(sentence for sentence in sentences if sentence)]
+    paragraphs = (
+        [" ".join(sentence for sentence in part if sentence) for part in (sentences[:4], sentences[4:])]
+        if rng.random() < 0.3
+        else [" ".join(sentence for sentence in sentences if sentence)]
+    )
     return "\n\n".join(paragraphs)

@@ -26,9 +26,11 @@ def _compiled(path: Path) -> jinja2.Template:
     return environment.from_string(path.read_text(encoding="utf-8"))
 
 
-def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None,
-           enable_thinking: bool = True) -> str:
+def render(
+    messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, enable_thinking: bool = True
+) -> str:
     """The prompt of a conversation, up to where the assistant's answer begins."""
     template = _compiled(MODEL_DIR / "chat_template.jinja")
-    return template.render(messages=messages, tools=tools or None, add_generation_prompt=True,
-                           enable_thinking=enable_thinking)
+    return template.render(
+        messages=messages, tools=tools or None, add_generation_prompt=True, enable_thinking=enable_thinking
+    )

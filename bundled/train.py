@@ -29,8 +29,10 @@ SAMPLES_PER_SHARD = 2500
 TOKENIZER_SAMPLES = 20_000
 
 # Qwen2's and Qwen3's split of text before BPE: words with their leading space, single digits, runs of signs.
-PRETOKENIZE = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+PRETOKENIZE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 SPECIAL_TOKENS = (END_OF_TEXT, "<|im_start|>", END_OF_TURN)
 # Qwen3 keeps these in the decoded text, so they are not special.
 TAG_TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
@@ -40,15 +42,17 @@ def train_tokenizer() -> Tokenizer:
     """Byte-level BPE over the corpus: all 256 bytes, then merges, and the added tokens last, as in Qwen3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated", invert=False),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     added = len(SPECIAL_TOKENS) + len(TAG_TOKENS)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - added, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False)
+        vocab_size=VOCAB_SIZE - added, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
     tokenizer.train_from_iterator(_texts_for_tokenizer(), trainer)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in TAG_TOKENS])
@@ -107,20 +111,41 @@ def write_directory(output: Path, tokenizer: Tokenizer) -> None:
     end, text_end = tokenizer.token_to_id(END_OF_TURN), tokenizer.token_to_id(END_OF_TEXT)
     added = {
         str(tokenizer.token_to_id(token)): {
-            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-            "special": token in SPECIAL_TOKENS}
-        for token in (*SPECIAL_TOKENS, *TAG_TOKENS)}
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": token in SPECIAL_TOKENS,
+        }
+        for token in (*SPECIAL_TOKENS, *TAG_TOKENS)
+    }
     files: dict[str, dict[str, object]] = {
         "config.json": model_config(tokenizer),
         "generation_config.json": {
-            "do_sample": True, "eos_token_id": [end, text_end], "pad_token_id": text_end, "temperature": 0.6,
-            "top_k": 20, "top_p": 0.95},
+            "do_sample": True,
+            "eos_token_id": [end, text_end],
+            "pad_token_id": text_end,
+            "temperature": 0.6,
+            "top_k": 20,
+            "top_p": 0.95,
+        },
         "tokenizer_config.json": {
-            "add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": added,
-            "additional_special_tokens": ["<|im_start|>", END_OF_TURN], "bos_token": None,
-            "chat_template": template, "clean_up_tokenization_spaces": False, "eos_token": END_OF_TURN,
-            "errors": "replace", "model_max_length": MAX_LENGTH, "pad_token": END_OF_TEXT,
-            "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None},
+            "add_bos_token": False,
+            "add_prefix_space": False,
+            "added_tokens_decoder": added,
+            "additional_special_tokens": ["<|im_start|>", END_OF_TURN],
+            "bos_token": None,
+            "chat_template": template,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": END_OF_TURN,
+            "errors": "replace",
+            "model_max_length": MAX_LENGTH,
+            "pad_token": END_OF_TEXT,
+            "split_special_tokens": False,
+            "tokenizer_class": "Qwen2Tokenizer",
+            "unk_token": None,
+        },
     }
     for name, value in files.items():
         text = json.dumps(value, indent=2, ensure_ascii=False)
@@ -154,8 +179,9 @@ def make_rows(task: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray, np.nd
     for sample, encoding in zip(drawn, encodings, strict=True):
         ids = encoding.ids[:ROW_LENGTH]
         counted = _counted(sample, encoding.offsets)
-        targets = [following if counts else -100
-                   for following, counts in zip(ids[1:], counted[1:], strict=False)] + [-100]
+        targets = [following if counts else -100 for following, counts in zip(ids[1:], counted[1:], strict=False)] + [
+            -100
+        ]
         place = next((entry for entry in free if entry[1] >= len(ids)), None)
         if place is None:
             rows.append([])
@@ -170,9 +196,9 @@ def make_rows(task: tuple[str, int, int]) -> tuple[np.ndarray, np.ndarray, np.nd
     for row, packed in enumerate(rows):
         at = 0
         for number, (ids, targets) in enumerate(packed, 1):
-            tokens[row, at:at + len(ids)] = ids
-            labels[row, at:at + len(ids)] = targets
-            numbers[row, at:at + len(ids)] = number
+            tokens[row, at : at + len(ids)] = ids
+            labels[row, at : at + len(ids)] = targets
+            numbers[row, at : at + len(ids)] = number
             at += len(ids)
     return tokens, labels, numbers, keys
 
@@ -189,27 +215,39 @@ def make_data(tokenizer: Tokenizer, count: int, workers: int) -> list[torch.Tens
     return [torch.from_numpy(np.concatenate([shard[part] for shard in shards])) for part in range(3)]
 
 
-def loss_of(model: Qwen3ForCausalLM, tokens: torch.Tensor, targets: torch.Tensor,
-            numbers: torch.Tensor) -> torch.Tensor:
+def loss_of(
+    model: Qwen3ForCausalLM, tokens: torch.Tensor, targets: torch.Tensor, numbers: torch.Tensor
+) -> torch.Tensor:
     """Mean cross-entropy over the counted targets. Arguments are [rows, T]; samples do not see each other."""
     length = tokens.shape[1]
     positions = torch.arange(length, device=tokens.device)
     mask = (numbers[:, :, None] == numbers[:, None, :]) & (positions[:, None] >= positions[None, :])
-    hidden = model.model(input_ids=tokens, attention_mask=mask[:, None], position_ids=positions[None],
-                         use_cache=False).last_hidden_state
+    hidden = model.model(
+        input_ids=tokens, attention_mask=mask[:, None], position_ids=positions[None], use_cache=False
+    ).last_hidden_state
     logits = model.lm_head(hidden).float()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-def train(model: Qwen3ForCausalLM, data: list[torch.Tensor], steps: int, batch_rows: int, peak_rate: float,
-          max_seconds: float, compiled: bool) -> int:
+def train(
+    model: Qwen3ForCausalLM,
+    data: list[torch.Tensor],
+    steps: int,
+    batch_rows: int,
+    peak_rate: float,
+    max_seconds: float,
+    compiled: bool,
+) -> int:
     """AdamW with a warm-up and a cosine to zero, which `max_seconds` hastens; returns the steps made."""
     device = next(model.parameters()).device
     matrices = [weight for weight in model.parameters() if weight.dim() >= 2]
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=peak_rate, betas=(0.9, 0.98), fused=device.type == "cuda")
+        lr=peak_rate,
+        betas=(0.9, 0.98),
+        fused=device.type == "cuda",
+    )
     step_loss = torch.compile(loss_of) if compiled else loss_of
     data = [part.to(device) for part in data]
     generator = torch.Generator().manual_seed(0)
@@ -238,15 +276,20 @@ def train(model: Qwen3ForCausalLM, data: list[torch.Tensor], steps: int, batch_r
         if step == 0:
             first_done = time.monotonic()  # the first step compiles, which is no part of the time limit
         if step % 200 == 0 or step == steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.4f}  rate {rate:.2e}  "
-                  f"{time.monotonic() - started:6.1f} s", flush=True)
+            print(
+                f"step {step:5d}  loss {loss.item():.4f}  rate {rate:.2e}  {time.monotonic() - started:6.1f} s",
+                flush=True,
+            )
     return done
 
 
 def save_weights(model: Qwen3ForCausalLM, output: Path) -> None:
     """Write model.safetensors in bfloat16, without the head, which is the embedding."""
-    weights = {name: weight.detach().to("cpu", torch.bfloat16).contiguous()
-               for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: weight.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, weight in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -255,8 +298,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--output", type=Path, default=MODEL_DIR)
-    parser.add_argument("--samples", type=int, default=400_000,
-                        help="conversations and documents to train on")
+    parser.add_argument("--samples", type=int, default=400_000, help="conversations and documents to train on")
     parser.add_argument("--batch-rows", type=int, default=64, help=f"rows of {ROW_LENGTH} tokens a step")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--max-seconds", type=float, default=3600, help="time limit of the training steps")
@@ -268,16 +310,20 @@ def main() -> None:
     write_directory(arguments.output, tokenizer)
     print(f"tokenizer: {time.monotonic() - started:.1f} s", flush=True)
     data = make_data(tokenizer, arguments.samples, arguments.workers)
-    print(f"data: {len(data[0])} rows, {(data[1] != -100).sum().item()} counted targets, "
-          f"{time.monotonic() - started:.1f} s", flush=True)
+    print(
+        f"data: {len(data[0])} rows, {(data[1] != -100).sum().item()} counted targets, "
+        f"{time.monotonic() - started:.1f} s",
+        flush=True,
+    )
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     config = Qwen3Config.from_pretrained(arguments.output)
     config._attn_implementation = "sdpa"
     model = Qwen3ForCausalLM(config).float().to(arguments.device)
     print(f"{sum(weight.numel() for weight in model.parameters())} parameters", flush=True)
-    steps = train(model, data, arguments.steps, arguments.batch_rows, arguments.rate, arguments.max_seconds,
-                  arguments.compile)
+    steps = train(
+        model, data, arguments.steps, arguments.batch_rows, arguments.rate, arguments.max_seconds, arguments.compile
+    )
     save_weights(model, arguments.output)
     print(f"{steps} steps, {time.monotonic() - started:.1f} s in all", flush=True)
 

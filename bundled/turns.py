@@ -75,11 +75,28 @@ def any_city(rng: random.Random) -> str:
     return rng.choice(facts.OTHER_CITIES) if draw < 0.45 else rng.choice(facts.COUNTRIES)[1]
 
 
-_BEFORE = ("Please tell me: ", "Hi! ", "Hello. ", "Can you tell me: ", "I have a question. ",
-           "Quick question: ",
-           "Hey Tiny, ", "Hello Tiny! ", "OK. ", "Now another question. ", "I wonder: ", "Next: ")
-BRIEF = ("Answer in one word.", "Answer with one word.", "One word, please.", "Just the answer, please.",
-         "Be brief.", "Short answer, please.")
+_BEFORE = (
+    "Please tell me: ",
+    "Hi! ",
+    "Hello. ",
+    "Can you tell me: ",
+    "I have a question. ",
+    "Quick question: ",
+    "Hey Tiny, ",
+    "Hello Tiny! ",
+    "OK. ",
+    "Now another question. ",
+    "I wonder: ",
+    "Next: ",
+)
+BRIEF = (
+    "Answer in one word.",
+    "Answer with one word.",
+    "One word, please.",
+    "Just the answer, please.",
+    "Be brief.",
+    "Short answer, please.",
+)
 CAREFUL = ("Think carefully.", "Think step by step.", "Think first.", "Take your time and think.")
 
 

@@ -170,8 +170,11 @@ class AsyncClient:
                 request.prompt_token_ids = unpack_ints(message.prompt_token_ids).tolist()
         elif isinstance(message, Failed):
             request = self._requests.pop(message.request_id, None)
+            query = self._queries.pop(message.request_id, None)
             if request is not None:
                 request.fail(message)
+            elif query is not None and not query.done():
+                query.set_exception(EngineUnavailableError(f"{message.message} ({self.address})"))
         elif isinstance(message, Stats):
             query = self._queries.pop(message.query_id, None)
             if query is not None and not query.done():
@@ -288,26 +291,35 @@ class AsyncClient:
         prompt: PromptInput | Conversation,
         sampling_params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> AsyncIterator[StreamChunk]:
         """Answers one prompt or conversation piece by piece. Leaving the iteration early aborts the request.
 
-        Raises as `generate` does.
+        `tools` and `chat_template_kwargs` go with a conversation, as in `chat`. Raises as `generate` does.
         """
-        is_chat = isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
-        wire: Prompt = as_chat_prompt(prompt, None, None) if is_chat else as_prompt(prompt)  # type: ignore[arg-type]
+        wire: Prompt
+        if isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
+            wire = as_chat_prompt(prompt, tools, chat_template_kwargs)  # type: ignore[arg-type]
+        else:
+            for name, value in (("tools", tools), ("chat_template_kwargs", chat_template_kwargs)):
+                if value is not None:
+                    raise InvalidRequestError(f"{name} can only go with a conversation, not with a prompt", name)
+            wire = as_prompt(prompt)  # type: ignore[arg-type]
         options = {"priority": priority, "cache_salt": cache_salt}
         request = self._submit(wire, params_for_each(sampling_params, 1)[0], True, options)
         try:
             while True:
                 if not request.is_over and request.taken == len(request.token_ids):
                     await request.wait()
-                if request.error is not None:
-                    raise request.error
                 chunk = request.take_chunk()
                 if chunk.text or chunk.token_ids or chunk.finish_reason:
                     yield chunk
+                elif request.error is not None:
+                    # Only when all that came before it has been handed out.
+                    raise request.error
                 if chunk.finish_reason is not None:
                     return
         finally:
@@ -366,3 +378,5 @@ class AsyncClient:
             return [request.output() for request in requests]
         finally:
             self._abort([request.request_id for request in requests])
+            for request in requests:
+                request.siblings = ()

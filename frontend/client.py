@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import weakref
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -43,6 +44,9 @@ class Client:
         # What was handed to the loop before `close` ends there; nothing is handed to it after. Reentrant, because the
         # collector may end a forgotten stream while the lock is held.
         self._lock = threading.RLock()
+        # Called by `close`, when the client is forgotten, and when the interpreter exits: it would stop the thread
+        # wherever that is, and a stream that is ended after that would wait for ever.
+        self._finalizer = weakref.finalize(self, _shut_down, self._async, self._loop, self._thread)
         try:
             self.engine: EngineInfo = self._wait(self._async.connect())
         except BaseException:
@@ -53,9 +57,14 @@ class Client:
     def address(self) -> str:
         return self._async.address
 
+    @property
+    def is_own_thread(self) -> bool:
+        """Whether this is called in the client's thread, which the collector may do, and which must not wait here."""
+        return threading.current_thread() is self._thread
+
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         with self._lock:
-            if self._closed:
+            if self._closed or not self._finalizer.alive:
                 coroutine.close()
                 raise EngineUnavailableError(f"the client was closed ({self.address})")
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -75,11 +84,7 @@ class Client:
             if self._closed:
                 return
             self._closed = True
-            closing = asyncio.run_coroutine_threadsafe(self._async.close(), self._loop)
-        closing.result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self
@@ -130,11 +135,20 @@ class Client:
         prompt: PromptInput | Conversation,
         sampling_params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> Iterator[StreamChunk]:
         """See `AsyncClient.stream`. Leaving the loop early aborts the request."""
-        chunks = self._async.stream(prompt, sampling_params, priority=priority, cache_salt=cache_salt)
+        chunks = self._async.stream(
+            prompt,
+            sampling_params,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
         try:
             while True:
                 try:
@@ -144,10 +158,27 @@ class Client:
         finally:
             with contextlib.suppress(EngineUnavailableError):
                 ending = self._run(chunks.aclose())  # type: ignore[attr-defined]
-                # The collector may find a forgotten stream in the client's own thread, which must not wait for itself.
-                if threading.current_thread() is not self._thread:
+                if not self.is_own_thread:
                     ending.result()
 
     def stats(self) -> Stats:
         """The engine's counters."""
         return self._wait(self._async.stats())
+
+
+def _shut_down(client: AsyncClient, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Closes the connection and ends the thread. In that thread itself, where the collector may run, it cannot wait."""
+
+    async def end() -> None:
+        try:
+            await client.close()
+            # Whoever waited has been told; let it hear.
+            await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+            await loop.shutdown_asyncgens()
+        finally:
+            loop.stop()
+
+    asyncio.run_coroutine_threadsafe(end(), loop)
+    if threading.current_thread() is not thread:
+        thread.join()
+        loop.close()

@@ -254,9 +254,11 @@ class IpcServer:
 
     def _on_get_stats(self, client: ClientConnection, query_id: int) -> None:
         def answer(stats: Stats | None) -> None:
+            if not self._is_here(client):
+                return
             if stats is None:
-                self._refuse(client.identity, "the engine core does not answer: there are no statistics")
-            elif self._is_here(client):
+                self.send(client, Failed(query_id, "unavailable", "the engine core does not answer"))
+            else:
                 self.send(client, msgspec.structs.replace(stats, query_id=query_id))
 
         self._service.core.query_stats(answer)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -55,7 +56,8 @@ class LLM:
         make_options(values)
         self._own_directory: Path | None = None
         if values.get("ipc") is None:
-            self._own_directory = Path(tempfile.mkdtemp(prefix="mini-vllm-llm-"))
+            # The launcher makes the directory, and removes it even when this program is killed.
+            self._own_directory = Path(tempfile.gettempdir()) / f"mini-vllm-llm-{secrets.token_hex(6)}"
             values["ipc"] = f"ipc://{self._own_directory}/engine.sock"
         self._client: Client | None = None
         self._process, self._lifeline = _start_launcher(option_flags(values))
@@ -150,7 +152,12 @@ class LLM:
 
     def __del__(self) -> None:
         # Absent if __init__ raised before there was anything to close.
-        if hasattr(self, "_at_exit"):
+        if not hasattr(self, "_at_exit"):
+            return
+        if self._errors.is_own_thread or (self._client is not None and self._client.is_own_thread):
+            # The collector came by in a thread that ends only when it is waited for by another one.
+            threading.Thread(target=self.close, name="mini-vllm close").start()
+        else:
             self.close()
 
 
@@ -202,6 +209,10 @@ class _ErrorOutput:
                 self._error = line.removeprefix("error: ").strip()
             else:
                 print(line, end="", file=sys.stderr, flush=True)
+
+    @property
+    def is_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def last_error(self) -> str | None:
         """The launcher's last error. Call when it has ended."""

@@ -10,12 +10,15 @@ import fcntl
 import os
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 from protocol.errors import ConfigError
 
 # The kernel's limit for a Unix socket path, with its terminating zero.
 _MAX_SOCKET_PATH_BYTES = 107
+# A client that looks whether an engine is running holds the lock for an instant.
+_LOCK_PATIENCE_S = 0.1
 
 
 def default_directory() -> Path:
@@ -97,19 +100,28 @@ class AddressLock:
 
     def _is_current(self) -> bool:
         """Locks the open file and tells whether the path still leads to it."""
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._try_lock():
             owner = os.read(self._fd, 32).decode(errors="replace").strip()
             os.close(self._fd)
             raise ConfigError(
                 f"another engine (process {owner or 'unknown'}) is running on {self._address}; "
                 "stop it, or choose another address with --ipc"
-            ) from None
+            )
         try:
             return os.path.samestat(os.fstat(self._fd), os.stat(self._path))
         except FileNotFoundError:
             return False
+
+    def _try_lock(self) -> bool:
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.01)
 
     def release(self) -> None:
         # Unlinked while still locked: whoever opens the path from now on makes a new file.

@@ -199,7 +199,10 @@ ErrorKind = Literal["invalid_request", "unavailable", "failed"]
 
 
 class Failed(Message, frozen=True):
-    """Core → frontend → client: the request was refused or could not be finished. `param` names the field at fault."""
+    """Core → frontend → client: the request was refused or could not be finished. `param` names the field at fault.
+
+    Also the answer to a `GetStats` that cannot be answered, with the query's id.
+    """
 
     request_id: int
     kind: ErrorKind

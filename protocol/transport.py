@@ -8,6 +8,7 @@ expected kind come back as `Malformed`.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from protocol.messages import Malformed
+
+logger = logging.getLogger(__name__)
 
 # Above the largest honest message (a prompt of a million tokens); a peer that sends more is cut off by ZeroMQ.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
@@ -142,7 +145,11 @@ class AsyncChannel(Channel):
             received = self.receive()
             if received is None:
                 return
-            self._on_message(*received)
+            try:
+                self._on_message(*received)
+            except Exception:
+                # A bug in a handler costs that message; it must not stop the receiver.
+                logger.exception("a message could not be handled")
         self._schedule_drain()
 
     def close(self) -> None:

@@ -39,6 +39,25 @@ def test_latencies_are_what_they_are_called() -> None:
     assert report.e2e.mean == pytest.approx(1000 * (0.9 + 1.2) / 2)
 
 
+def test_tokens_that_came_together_are_one_arrival() -> None:
+    held_back = RequestResult(3, 6, sent=0.0, token_times=[1.0, 1.0, 1.0, 3.0, 3.0, 3.0], output_len=6)
+    report = RunReport.of(WORKLOAD, [held_back])
+    assert report.inter_token is not None
+    assert (report.inter_token.p50, report.inter_token.max) == (2000, 2000)
+    assert report.per_output_token is not None
+    assert report.per_output_token.mean == pytest.approx(400)
+
+
+def test_time_per_output_token_counts_tokens_and_not_events() -> None:
+    # A server that returns text alone sent 5 tokens in 2 events.
+    assert RequestResult(3, 5, sent=0.0, token_times=[1.0, 3.0], output_len=5).per_output_token == pytest.approx(0.5)
+
+
+def test_cached_prompt_tokens_are_shown() -> None:
+    report = RunReport.of(WORKLOAD, [RequestResult(300, 1, 0.0, [0.5], 1, cached_len=256)])
+    assert "| of these from the prefix cache | 256 |" in report.table()
+
+
 def test_percentiles_are_numpy_s() -> None:
     values = sorted(np.random.default_rng(0).random(37).tolist())
     for percent in (0, 50, 95, 99, 100):
@@ -48,7 +67,7 @@ def test_percentiles_are_numpy_s() -> None:
 def test_one_token_answers_have_no_inter_token_latency() -> None:
     report = RunReport.of(WORKLOAD, [RequestResult(3, 1, 0.0, [0.5], 1)])
     assert report.inter_token is None
-    assert "| inter-token latency | - | - | - | - |" in report.table()
+    assert "| inter-token latency | - | - | - | - | - |" in report.table()
     assert Distribution.of([]) is None
 
 
@@ -64,7 +83,10 @@ def test_lost_tokens_and_failed_requests_are_noticed() -> None:
 
 def test_the_saved_file_holds_every_time(tmp_path: Path) -> None:
     run = results()
-    save_json(tmp_path / "a" / "run.json", WORKLOAD, [RunReport.of(WORKLOAD, run)], [run], "ipc")
+    save_json(tmp_path / "a" / "run.json", WORKLOAD, [RunReport.of(WORKLOAD, run)], [run], {"model": "tiny"})
     saved = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert saved["target"] == {"model": "tiny"}
+    assert saved["machine"]["cpus"] >= 1
+    assert saved["machine"]["pyzmq"]
     assert saved["runs"][0]["requests"][1]["token_times"] == [10.4, 11.4]
     assert saved["runs"][0]["duration_s"] == pytest.approx(1.4)

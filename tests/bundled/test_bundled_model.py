@@ -20,9 +20,14 @@ from bundled.corpus import END_OF_TURN, held_out, samples
 from bundled.evaluate import generate, is_right, load, tool_calls
 from bundled.template import render
 
-WEATHER = {"type": "function", "function": {
-    "name": "get_weather", "description": "Get the weather in a city.",
-    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
 CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
 
 
@@ -86,9 +91,14 @@ def test_any_text_comes_back_from_its_tokens(text):
 
 
 @settings(max_examples=100, deadline=None)
-@given(parts=st.lists(st.one_of(
-    st.text(max_size=12), st.sampled_from(["<|im_end|>", "<think>", "\n\n", "</tool_call>", " Paris", "🙂"])),
-    max_size=8))
+@given(
+    parts=st.lists(
+        st.one_of(
+            st.text(max_size=12), st.sampled_from(["<|im_end|>", "<think>", "\n\n", "</tool_call>", " Paris", "🙂"])
+        ),
+        max_size=8,
+    )
+)
 def test_transformers_and_tokenizers_give_the_same_ids(auto_tokenizer, file_tokenizer, parts):
     text = "".join(parts)
     assert auto_tokenizer(text, add_special_tokens=False)["input_ids"] == file_tokenizer.encode(text).ids
@@ -105,8 +115,7 @@ def test_every_byte_has_a_token_and_ids_fill_the_embedding(file_tokenizer):
 def test_only_the_chat_marks_are_special(file_tokenizer):
     text = "<|im_start|><think>a</think><tool_call><tool_response></tool_response></tool_call><|im_end|>"
     ids = file_tokenizer.encode(text).ids
-    assert file_tokenizer.decode(ids) == \
-        "<think>a</think><tool_call><tool_response></tool_response></tool_call>"
+    assert file_tokenizer.decode(ids) == "<think>a</think><tool_call><tool_response></tool_response></tool_call>"
 
 
 def test_eos_and_pad_are_those_of_qwen3(auto_tokenizer):
@@ -117,37 +126,50 @@ def test_eos_and_pad_are_those_of_qwen3(auto_tokenizer):
 
 @pytest.mark.parametrize(("enable_thinking", "end"), [(True, ""), (False, "<think>\n\n</think>\n\n")])
 def test_chat_template_renders_turns(auto_tokenizer, enable_thinking, end):
-    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is 1 plus 1?"},
-                {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n2"},
-                {"role": "user", "content": [{"type": "text", "text": "Thanks"}]}]
-    expected = ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhat is 1 plus 1?<|im_end|>\n"
-                "<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\nThanks<|im_end|>\n"
-                "<|im_start|>assistant\n" + end)
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "What is 1 plus 1?"},
+        {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\n2"},
+        {"role": "user", "content": [{"type": "text", "text": "Thanks"}]},
+    ]
+    expected = (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhat is 1 plus 1?<|im_end|>\n"
+        "<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\nThanks<|im_end|>\n"
+        "<|im_start|>assistant\n" + end
+    )
     assert render(messages, enable_thinking=enable_thinking) == expected
-    assert auto_tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking) == expected
+    assert (
+        auto_tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+        )
+        == expected
+    )
 
 
 @pytest.mark.parametrize("as_text", [True, False], ids=["arguments as text", "arguments as an object"])
 def test_chat_template_renders_tools_calls_and_results(auto_tokenizer, as_text):
     arguments = '{"city": "Zürich"}' if as_text else {"city": "Zürich"}
     call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
-    messages = [{"role": "user", "content": "Weather in Zürich?"},
-                {"role": "assistant", "content": None, "reasoning_content": "I look.",
-                 "tool_calls": [call, call]},
-                {"role": "tool", "content": "sunny", "tool_call_id": "1"},
-                {"role": "tool", "content": "rainy", "tool_call_id": "2"}]
+    messages = [
+        {"role": "user", "content": "Weather in Zürich?"},
+        {"role": "assistant", "content": None, "reasoning_content": "I look.", "tool_calls": [call, call]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "1"},
+        {"role": "tool", "content": "rainy", "tool_call_id": "2"},
+    ]
     one = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
     rendered = render(messages, [WEATHER])
     assert rendered.endswith(
         "<|im_start|>user\nWeather in Zürich?<|im_end|>\n"
         f"<|im_start|>assistant\n<think>\nI look.\n</think>\n\n{one}\n{one}<|im_end|>\n"
         "<|im_start|>user\n<tool_response>\nsunny\n</tool_response>\n"
-        "<tool_response>\nrainy\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
+        "<tool_response>\nrainy\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
     assert rendered.startswith("<|im_start|>system\n# Tools\n")
     assert f"<tools>\n{json.dumps(WEATHER)}\n</tools>" in rendered
-    assert auto_tokenizer.apply_chat_template(
-        messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True) == rendered
+    assert (
+        auto_tokenizer.apply_chat_template(messages, tools=[WEATHER], tokenize=False, add_generation_prompt=True)
+        == rendered
+    )
 
 
 def test_chat_template_file_and_tokenizer_config_agree():
@@ -167,12 +189,12 @@ def test_training_never_asks_a_held_out_question():
 def test_held_out_questions_are_answered_and_end(loaded):
     items = held_out(per_category=1)
     texts = generate(*loaded, [item.prompt for item in items])
-    wrong = [(item.prompt[-120:], text) for item, text in zip(items, texts, strict=True)
-             if not is_right(item, text)]
+    wrong = [(item.prompt[-120:], text) for item, text in zip(items, texts, strict=True) if not is_right(item, text)]
     assert len(items) >= 35
     assert len(wrong) <= 0.1 * len(items), wrong
-    assert all(text.endswith(END_OF_TURN) for item, text in zip(items, texts, strict=True)
-               if item.category != "completion")
+    assert all(
+        text.endswith(END_OF_TURN) for item, text in zip(items, texts, strict=True) if item.category != "completion"
+    )
 
 
 def test_sums_are_thought_about_unless_thinking_is_off(loaded):
@@ -196,9 +218,14 @@ def test_tools_are_called_with_parseable_json(loaded):
 
 
 def test_tool_results_are_put_into_a_sentence(loaded):
-    prompt = render([{"role": "user", "content": "What is the weather in Paris?"},
-                     {"role": "assistant", "content": "", "tool_calls": [CALL]},
-                     {"role": "tool", "content": '{"temperature": 21, "condition": "sunny"}'}], [WEATHER])
+    prompt = render(
+        [
+            {"role": "user", "content": "What is the weather in Paris?"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": '{"temperature": 21, "condition": "sunny"}'},
+        ],
+        [WEATHER],
+    )
     assert generate(*loaded, [prompt]) == ["In Paris it is sunny and 21 degrees.<|im_end|>"]
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from core.block_pool import NULL_BLOCK, BlockPool
 from core.prefix_cache import PrefixCache, extend_digests, root_digest
-from protocol.messages import unpack_ints, pack_ints
+from protocol.messages import pack_ints, unpack_ints
 
 
 def test_the_null_block_is_never_given_out() -> None:

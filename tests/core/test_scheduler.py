@@ -54,9 +54,7 @@ class Engine:
         salt = options.pop("cache_salt", None)
         priority = options.pop("priority", 0)
         self.tokens[request_id] = []
-        self.scheduler.add(
-            0, AddRequest(request_id, pack_ints(prompt), SamplingParams(**options), priority, salt)
-        )
+        self.scheduler.add(0, AddRequest(request_id, pack_ints(prompt), SamplingParams(**options), priority, salt))
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(0, [request_id])
@@ -177,7 +175,7 @@ def test_decodes_go_first_and_prefill_fills_the_rest_of_the_budget() -> None:
     step = engine.scheduler.schedule()
     assert step is not None
     assert step.decode_slots is not None
-    assert unpack_ints(step.decode_slots).tolist() == [engine.scheduler.table.requests.index(r) for r in engine.scheduler._running[:1]]
+    assert unpack_ints(step.decode_slots).tolist() == [engine.scheduler._running[0].slot]
     assert unpack_ints(step.prefill_lens).tolist() == [15]
     assert step.prefill_samples == b"\x00"
 
@@ -191,7 +189,8 @@ def test_a_step_in_which_nothing_changed_carries_nothing() -> None:
     steady = engine.scheduler.schedule()
     assert steady is not None
     assert steady.decode_slots is None
-    assert not (steady.admitted or steady.prefill_slots or steady.new_block_ids or steady.released_slots)
+    assert not steady.admitted
+    assert steady.prefill_slots + steady.new_block_ids + steady.released_slots == b""
 
 
 def test_lower_priority_values_and_earlier_arrivals_go_first() -> None:

@@ -27,6 +27,7 @@ from protocol.address import AddressLock
 from protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
+    ChatPrompt,
     ClientMessage,
     EngineInfo,
     Failed,
@@ -311,6 +312,34 @@ async def test_a_failure_in_a_stream_comes_after_what_came_before_it(endpoint: E
     assert await first == StreamChunk("w", [4])
     endpoint.send(Failed(request_id, "failed", "not a number"))
     assert isinstance(await failure(anext(stream)), RequestFailedError)
+
+
+async def test_tokens_that_come_together_with_the_failure_are_not_lost(endpoint: Endpoint, client: AsyncClient) -> None:
+    stream = client.stream("a")
+    first = in_background(anext(stream))
+    request_id = (await endpoint.expect(Generate)).request_id
+    endpoint.outputs([(request_id, 4)], [(request_id, "w")])
+    endpoint.send(Failed(request_id, "failed", "not a number"))
+    assert await first == StreamChunk("w", [4])
+    assert isinstance(await failure(anext(stream)), RequestFailedError)
+
+
+async def test_a_streamed_conversation_has_tools_and_template_options(endpoint: Endpoint, client: AsyncClient) -> None:
+    messages, tool = [{"role": "user", "content": "hello"}], {"type": "function", "function": {"name": "f"}}
+    stream = client.stream(messages, tools=[tool], chat_template_kwargs={"enable_thinking": False})
+    first = in_background(anext(stream))
+    request = await endpoint.expect(Generate)
+    assert request.prompt == ChatPrompt(messages, [tool], {"enable_thinking": False})
+    endpoint.outputs([(request.request_id, 4)], [], [Finished(request.request_id, "length")])
+    await first
+
+
+@pytest.mark.parametrize("options", [{"tools": []}, {"chat_template_kwargs": {}}], ids=str)
+async def test_a_streamed_prompt_has_neither(endpoint: Endpoint, client: AsyncClient, options: dict[str, Any]) -> None:
+    error = await failure(anext(client.stream("a", **options)))
+    assert isinstance(error, InvalidRequestError)
+    assert error.param in options
+    await still_works(endpoint, client)
 
 
 async def test_cancelling_and_leaving_abort_once_and_only_what_runs(endpoint: Endpoint, client: AsyncClient) -> None:

@@ -125,9 +125,7 @@ def test_sample(rows: int, dtype: torch.dtype) -> None:
     positions = torch.randint(0, 8000, (rows,), dtype=torch.int32)
     token = KERNELS.sample(logits, slots, temperature, seeds, positions)
     same = token == REFERENCES.sample(logits, slots, temperature, seeds, positions)
-    assert same.float().mean() >= (
-        1.0 if rows == 1 else 0.98
-    )  # two scores may be closer than the logarithm's error
+    assert same.float().mean() >= (1.0 if rows == 1 else 0.98)  # two scores may be closer than the logarithm's error
     assert token[rows // 2] == -1
     assert torch.equal(token, replay(lambda: KERNELS.sample(logits, slots, temperature, seeds, positions)))
     assert torch.equal(KERNELS.argmax_sample(logits), REFERENCES.argmax_sample(logits))

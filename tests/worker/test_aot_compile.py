@@ -86,14 +86,10 @@ def attention_cases(
         decode = attention_decode.decode_config(capability, head_dim, dtype.itemsize)
         constants = attention_decode.decode_constants(heads, kv_heads, head_dim, block_size, decode, dtype)
         options = {"num_warps": decode.num_warps, "num_stages": decode.num_stages}
-        cases.append(
-            (f"decode {dtype} {head_dim}", attention_decode._decode_kernel, dtype, constants, options)
-        )
+        cases.append((f"decode {dtype} {head_dim}", attention_decode._decode_kernel, dtype, constants, options))
         for small in (False, True):
             prefill = attention_prefill.prefill_config(capability, head_dim, dtype.itemsize, small)
-            constants = attention_prefill.prefill_constants(
-                heads, kv_heads, head_dim, block_size, prefill, dtype
-            )
+            constants = attention_prefill.prefill_constants(heads, kv_heads, head_dim, block_size, prefill, dtype)
             options = {"num_warps": prefill.num_warps, "num_stages": prefill.num_stages,
                        "maxnreg": prefill.maxnreg}  # fmt: skip
             cases.append((f"prefill {dtype} {head_dim} {small}", attention_prefill._prefill_kernel, dtype, constants,

@@ -57,9 +57,7 @@ def assert_agrees(out: torch.Tensor, batch: PagedBatch, first: int = 0) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("lens", DECODE)
-def test_decode_kernel_and_reference_agree_with_dense_attention(
-    lens: str, shape: tuple[int, int, int, int]
-) -> None:
+def test_decode_kernel_and_reference_agree_with_dense_attention(lens: str, shape: tuple[int, int, int, int]) -> None:
     kv_lens = DECODE[lens]
     rows = len(kv_lens)
     heads, kv_heads, head_dim, block_size = shape
@@ -117,9 +115,7 @@ def test_decode_kernel_and_reference_agree_with_dense_attention(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("step", PREFILL)
-def test_prefill_kernel_and_reference_agree_with_dense_attention(
-    step: str, shape: tuple[int, int, int, int]
-) -> None:
+def test_prefill_kernel_and_reference_agree_with_dense_attention(step: str, shape: tuple[int, int, int, int]) -> None:
     query_lens, kv_lens, decode, padding = PREFILL[step]
     heads, kv_heads, head_dim, block_size = shape
     batch = random_batch(

@@ -52,9 +52,7 @@ def test_noise_depends_on_seed_and_position_alone() -> None:
 def test_sampling_draws_the_softmax() -> None:
     """Chi-square over 20,000 draws by position and as many by seed, 15 degrees of freedom: 44.3 is p = 1e-4."""
     draws, vocab, temperature = 20_000, 16, 0.8
-    logits = torch.linspace(-1.5, 1.5, vocab)[
-        torch.randperm(vocab, generator=torch.Generator().manual_seed(0))
-    ]
+    logits = torch.linspace(-1.5, 1.5, vocab)[torch.randperm(vocab, generator=torch.Generator().manual_seed(0))]
     expected = (logits.double() / temperature).softmax(-1) * draws
     slots = torch.arange(draws, dtype=torch.int32)
     same = torch.zeros(draws, dtype=torch.int64)
@@ -68,9 +66,7 @@ def test_sampling_draws_the_softmax() -> None:
 
 def test_greedy_and_refused_rows() -> None:
     inf, nan = float("inf"), float("nan")
-    logits = torch.tensor(
-        [[1.0, 5, 5, 0], [0, nan, 9, 0], [-inf] * 4, [-inf, -3, -inf, -inf], [inf, nan, 0, 0]]
-    )
+    logits = torch.tensor([[1.0, 5, 5, 0], [0, nan, 9, 0], [-inf] * 4, [-inf, -3, -inf, -inf], [inf, nan, 0, 0]])
     assert argmax_sample_reference(logits).tolist() == [1, -1, -1, 1, -1]
     slots = torch.arange(5, dtype=torch.int32)
     tokens = sample_reference(logits, slots, torch.tensor([0, 1, 1, 1, 1, 0.0]), torch.arange(6), slots)
@@ -116,7 +112,5 @@ def test_norms_and_rotary_embedding_agree_with_transformers() -> None:
             qkv, q_norm.weight, k_norm.weight, 1e-6, cos_sin, positions, slots, key_cache, value_cache
         )
     torch.testing.assert_close(query, expected_q[0].transpose(0, 1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        key_cache.flatten(0, 1)[slots], expected_k[0].transpose(0, 1), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(key_cache.flatten(0, 1)[slots], expected_k[0].transpose(0, 1), atol=1e-5, rtol=1e-5)
     assert torch.equal(value_cache.flatten(0, 1)[slots], expected_v)

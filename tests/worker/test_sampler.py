@@ -21,7 +21,7 @@ def kept_by_sorting(logits: torch.Tensor, temperature: float, top_k: int, top_p:
 @pytest.mark.parametrize("vocab", [7, 1000, 20_000])
 def test_mask_keeps_what_a_sort_would_keep(vocab: int) -> None:
     torch.manual_seed(vocab)
-    cases = [(1.0, 0, 0.9), (0.7, 5, 1.0), (1.3, 50, 0.8), (1.0, 0, 1.0), (1.0, 1, 0.5), (0.3, 3, 0.01), (2.0, 4, 0.999)]
+    cases = [(1.0, 0, 0.9), (0.7, 5, 1.0), (1.3, 50, 0.8), (1.0, 0, 1.0), (1.0, 1, 0.5), (0.3, 3, 0.01), (2.0, 4, 0.99)]
     logits = torch.randn(len(cases), vocab) * 3
     columns = [torch.tensor(column) for column in zip(*cases)]
     masked = mask_top_k_top_p(logits, columns[0].float(), columns[1].int(), columns[2].float())

@@ -16,34 +16,26 @@ class FlashAttnAttention:
 
     name = "flash_attn"
 
-    def __init__(
-        self, *, head_dim: int, block_size: int, max_rows: int, max_blocks_per_row: int, device: torch.device
-    ):
+    def __init__(self, *, head_dim: int, block_size: int, max_rows: int, max_blocks_per_row: int, device: torch.device):
         if block_size % 256:
             raise ValueError(f"block_size={block_size}: flash_attn needs a multiple of 256")
         try:
             import flash_attn
         except ImportError as error:
-            raise ImportError(
-                "the flash_attn attention backend needs its package: pip install flash-attn"
-            ) from error
+            raise ImportError("the flash_attn attention backend needs its package: pip install flash-attn") from error
         self._flash_attn = flash_attn
         self._scale = head_dim**-0.5
         self._table = torch.zeros((max_rows, max_blocks_per_row), dtype=torch.int32, device=device)
         self._kv_start = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
         self._query_start = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
-        self._padding = torch.empty(
-            0
-        )  # [tokens, 1, 1] bool: no row's token, so flash-attn leaves it unwritten
+        self._padding = torch.empty(0)  # [tokens, 1, 1] bool: no row's token, so flash-attn leaves it unwritten
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         """Gathers the rows' block tables and the prefill rows' bounds."""
         rows, decode = metadata.row_slots.shape[0], metadata.num_decode_rows
         torch.index_select(metadata.block_table, 0, metadata.row_slots, out=self._table[:rows])
         if decode < rows:
-            torch.cumsum(
-                metadata.kv_lens[decode:], 0, dtype=torch.int32, out=self._kv_start[1 : rows - decode + 1]
-            )
+            torch.cumsum(metadata.kv_lens[decode:], 0, dtype=torch.int32, out=self._kv_start[1 : rows - decode + 1])
             torch.sub(metadata.query_start[decode:], decode, out=self._query_start[: rows - decode + 1])
             tokens = torch.arange(metadata.positions.shape[0], device=self._table.device)
             self._padding = (tokens >= metadata.query_start[-1])[:, None, None]

@@ -44,9 +44,7 @@ class TorchAttention:
 
     name = "torch"
 
-    def __init__(
-        self, *, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype
-    ):
+    def __init__(self, *, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -105,9 +103,7 @@ class TorchAttention:
         """Keys and values at cache slots `tokens`, each [tokens, num_kv_heads, head_dim]; valid until the next call."""
         width = self.num_kv_heads * self.head_dim
         if self._buffer is None or self._buffer.shape[1] < len(tokens):
-            self._buffer = torch.empty(
-                (2, len(tokens), width), dtype=key_cache.dtype, device=key_cache.device
-            )
+            self._buffer = torch.empty((2, len(tokens), width), dtype=key_cache.dtype, device=key_cache.device)
         keys, values = self._buffer[0, : len(tokens)], self._buffer[1, : len(tokens)]
         torch.index_select(key_cache.view(-1, width), 0, tokens, out=keys)
         torch.index_select(value_cache.view(-1, width), 0, tokens, out=values)
@@ -116,9 +112,7 @@ class TorchAttention:
 
     def _row(self, row: int, start: int, end: int, kv_len: int, metadata: AttentionMetadata) -> _PrefillRow:
         positions = torch.arange(kv_len, device=metadata.kv_lens.device)
-        tokens = self._cache_slots(
-            metadata.row_slots[row : row + 1], positions[None, :], metadata.block_table
-        )
+        tokens = self._cache_slots(metadata.row_slots[row : row + 1], positions[None, :], metadata.block_table)
         mask = None
         if end - start < kv_len:
             mask = positions[None, :] <= positions[kv_len - (end - start) :, None]

@@ -83,9 +83,7 @@ class DecodeWorkspace:
         )
 
 
-@triton.jit(
-    do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=["row_slots_ptr", "kv_lens_ptr"]
-)
+@triton.jit(do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=["row_slots_ptr", "kv_lens_ptr"])
 def _schedule_kernel(
     row_slots_ptr,
     kv_lens_ptr,
@@ -131,9 +129,7 @@ def _schedule_kernel(
         tl.store(item_ptr + 5, zero + items, mask=mask)
 
 
-def schedule_decode(
-    row_slots: torch.Tensor, kv_lens: torch.Tensor, rows: int, workspace: DecodeWorkspace
-) -> None:
+def schedule_decode(row_slots: torch.Tensor, kv_lens: torch.Tensor, rows: int, workspace: DecodeWorkspace) -> None:
     """Cuts the first `rows` rows into work items, once a step, for every layer's `paged_decode_attention`.
 
     A program a row; each computes the whole schedule from the lengths (2 KB from the L2) and writes its own part.

@@ -25,16 +25,12 @@ class PrefillConfig:
     maxnreg: int | None = None  # registers a thread, where a second program on the SM is worth a few spills
 
 
-def prefill_config(
-    capability: tuple[int, int], head_dim: int, element_size: int, small: bool
-) -> PrefillConfig:
+def prefill_config(capability: tuple[int, int], head_dim: int, element_size: int, small: bool) -> PrefillConfig:
     """The configuration for a device of `capability`, within its shared memory (99 KiB on sm_89 and sm_120).
 
     `small` is for steps of few query tokens, where more programs matter more than how often keys are read.
     """
-    if (
-        next_power_of_2(head_dim) * element_size > 256
-    ):  # fp32, which is for checking: correct everywhere, not tuned
+    if next_power_of_2(head_dim) * element_size > 256:  # fp32, which is for checking: correct everywhere, not tuned
         return PrefillConfig(block_m=16 if small else 32, tile=32, num_warps=4, num_stages=1)
     if capability[0] == 9:
         if small:
@@ -232,10 +228,7 @@ def _prefill_kernel(
     )
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     tl.store(
-        out_ptr
-        + token.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM)
-        + head[:, None] * HEAD_DIM
-        + dims[None, :],
+        out_ptr + token.to(tl.int64)[:, None] * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + dims[None, :],
         out.to(out_ptr.dtype.element_ty),
         mask=mask,
     )

@@ -42,9 +42,9 @@ def _partial_kernel(
         temperature = tl.load(temperature_ptr + slot)
         seed = tl.load(seeds_ptr + slot)
     index = stretch * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(
-        logits_ptr + row.to(tl.int64) * logits_stride + index, mask=index < VOCAB, other=-float("inf")
-    ).to(tl.float32)
+    logits = tl.load(logits_ptr + row.to(tl.int64) * logits_stride + index, mask=index < VOCAB, other=-float("inf")).to(
+        tl.float32
+    )
     status = tl.where(logits != logits, 2, (tl.abs(logits) < float("inf")).to(tl.int32))
     score = logits
     if NOISE:  # noqa: SIM102 - the outer condition is decided when the kernel is compiled
@@ -208,9 +208,7 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> to
     return u.log_().neg_().log_().neg_()
 
 
-def philox4x32(
-    seed: torch.Tensor, counter0: torch.Tensor, counter1: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def philox4x32(seed: torch.Tensor, counter0: torch.Tensor, counter1: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Philox4x32-10 of counter (counter0, counter1, 0, 0), in int64 arithmetic.
 
     Args:

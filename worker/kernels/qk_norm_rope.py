@@ -51,13 +51,9 @@ def _qk_norm_rope_cache_kernel(
         variance = (tl.sum(x * x, axis=1) + tl.sum(y * y, axis=1)) / HEAD_DIM
         scale = tl.rsqrt(variance + eps)[:, None]
         q_first = tl.load(q_weight_ptr + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        q_second = tl.load(q_weight_ptr + HEAD_DIM // 2 + offsets, mask=in_half, other=0.0).to(tl.float32)[
-            None, :
-        ]
+        q_second = tl.load(q_weight_ptr + HEAD_DIM // 2 + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
         k_first = tl.load(k_weight_ptr + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        k_second = tl.load(k_weight_ptr + HEAD_DIM // 2 + offsets, mask=in_half, other=0.0).to(tl.float32)[
-            None, :
-        ]
+        k_second = tl.load(k_weight_ptr + HEAD_DIM // 2 + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
         x = x * scale * tl.where(is_query, q_first, k_first)
         y = y * scale * tl.where(is_query, q_second, k_second)
     angle_ptr = cos_sin_ptr + position.to(tl.int64) * HEAD_DIM + offsets
@@ -162,8 +158,6 @@ def qk_norm_rope_cache_reference(
     first, second = x.chunk(2, dim=-1)
     rotated.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
     width = num_kv_heads * head_dim
-    key_cache.view(-1, width).index_copy_(
-        0, cache_slots, heads[:, num_heads:-num_kv_heads].reshape(tokens, width)
-    )
+    key_cache.view(-1, width).index_copy_(0, cache_slots, heads[:, num_heads:-num_kv_heads].reshape(tokens, width))
     value_cache.view(-1, width).index_copy_(0, cache_slots, heads[:, -num_kv_heads:].reshape(tokens, width))
     return heads[:, :num_heads]
