@@ -99,10 +99,10 @@ class Launcher:
     def _start(self) -> None:
         config_file = Path(self._config.run_directory) / "config.json"
         self._config.save(config_file)
-        # OpenMP threads that wait for the next operation spin for about as long as it takes to come (some 100 µs), and
-        # sleep when it does not: sleeping at once costs half of the worker's speed on a CPU, spinning for ever takes
-        # the CPU from the frontend and the core.
-        environment = {"GOMP_SPINCOUNT": "200000", **os.environ}
+        # OpenMP threads that wait for the next operation spin for a fraction of a millisecond, then sleep. Sleeping at
+        # once costs a third of the worker's speed on a CPU; spinning for longer, nearly all of it when something else
+        # needs the CPUs too.
+        environment = {"GOMP_SPINCOUNT": "20000", **os.environ}
         environment.pop(LIFELINE_VARIABLE, None)
         root = str(Path(__file__).resolve().parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
