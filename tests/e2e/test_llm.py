@@ -244,3 +244,8 @@ def test_a_model_without_tokenizer_files_says_what_is_missing(tmp_path: Path) ->
     shutil.copytree(MODEL_DIR, model, ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(ConfigError, match=r"(?i)tokenizer"):
         LLM(model, **ONE_CPU)
+
+
+def test_a_cpu_serves_bfloat16_too() -> None:
+    with LLM(**ONE_CPU, dtype="bfloat16") as llm:
+        assert "Paris" in llm.chat(FRANCE, GREEDY, use_tqdm=False)[0].outputs[0].text

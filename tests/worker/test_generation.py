@@ -61,7 +61,7 @@ def test_greedy_tokens_equal_transformers(
 def test_seeded_draws_do_not_depend_on_the_batch(temperature: float) -> None:
     prompts = random_prompts(12, 300)
     params = [
-        SamplingParams(temperature=temperature, top_p=0.9, top_k=40 * (i % 2), seed=i, max_tokens=12, ignore_eos=True)
+        SamplingParams(temperature=temperature, top_p=0.9, top_k=40 * (i % 2), seed=i, max_tokens=40, ignore_eos=True)
         for i in range(12)
     ]
     options = {"device": "cpu", "max_model_len": 256, "kv_cache_memory": "32MiB"}
@@ -69,7 +69,7 @@ def test_seeded_draws_do_not_depend_on_the_batch(temperature: float) -> None:
     alone = InProcessEngine(MODEL_DIR, **options, async_scheduling=False, enable_prefix_caching=False)
     assert [alone.generate([prompt], [each])[0] for prompt, each in zip(prompts, params)] == together
     crowded = InProcessEngine(
-        MODEL_DIR, **(options | {"max_model_len": 192}), num_gpu_blocks_override=20, max_num_seqs=8
+        MODEL_DIR, **(options | {"max_model_len": 224}), num_gpu_blocks_override=16, max_num_seqs=8
     )
     assert crowded.generate(prompts, params) == together
     assert crowded.scheduler.stats().num_preemptions > 0

@@ -45,7 +45,7 @@ def _partial_kernel(
     logits = tl.load(logits_ptr + row.to(tl.int64) * logits_stride + index, mask=index < VOCAB, other=-float("inf")).to(
         tl.float32
     )
-    status = tl.where(logits != logits, 2, (tl.abs(logits) < float("inf")).to(tl.int32))
+    status = tl.where(logits < float("inf"), (logits > -float("inf")).to(tl.int32), 2)  # NaN is less than nothing
     score = logits
     if NOISE:  # noqa: SIM102 - the outer condition is decided when the kernel is compiled
         if temperature > 0.0:
@@ -60,7 +60,7 @@ def _partial_kernel(
     at = row * STRETCHES + stretch
     tl.store(value_ptr + at, best)
     tl.store(index_ptr + at, stretch * BLOCK + offset)
-    tl.store(status_ptr + at, tl.max(status, axis=0))  # 2: holds a NaN, 1: holds a finite logit, 0: neither
+    tl.store(status_ptr + at, tl.max(status, axis=0))  # 2: NaN or +inf, 1: a finite logit, 0: neither
 
 
 @triton.jit(do_not_specialize_on_alignment=["token_ptr"])
