@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from protocol.errors import EngineError, EngineUnavailableError
 from protocol.messages import (
@@ -28,14 +27,12 @@ from protocol.messages import (
     Stats,
     StepOutputs,
 )
-from protocol.transport import AsyncChannel, open_socket
+from protocol.transport import AsyncChannel, DisconnectWatch, open_socket
 
 logger = logging.getLogger(__name__)
 
 # The core binds its socket while this process already tries to connect.
 _RECONNECT_MS = 10
-# What the core sent just before it went is still on its way through the socket when the disconnection is noticed.
-_LOST_GRACE_S = 0.05
 
 
 class CoreListener(Protocol):
@@ -64,11 +61,7 @@ class CoreLink:
         self._queries: dict[int, Callable[[Stats | None], None]] = {}
         socket = open_socket(context, zmq.DEALER)
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
-        loop.add_reader(self._monitor_fd, self._on_monitor)
-        # ZeroMQ signals on the descriptor only after a look at the socket has found nothing.
-        loop.call_soon(self._on_monitor)
+        self._watch = DisconnectWatch(socket, self._lose)
         self._channel = AsyncChannel(socket, CoreToFrontend, self._on_message)
         socket.connect(address)
         self._channel.send(CoreHello(PROTOCOL_VERSION))
@@ -112,14 +105,6 @@ class CoreLink:
         else:
             self.ready.set_result(message.engine)
 
-    def _on_monitor(self) -> None:
-        disconnected = False
-        while not self._monitor.closed and self._monitor.poll(0):
-            recv_monitor_message(self._monitor)
-            disconnected = True
-        if disconnected:
-            asyncio.get_running_loop().call_later(_LOST_GRACE_S, self._lose)
-
     def _lose(self) -> None:
         if self.is_lost or self._channel.socket.closed:
             return
@@ -132,9 +117,7 @@ class CoreLink:
         self._listener.on_core_lost()
 
     def close(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._monitor_fd)
-        self._channel.socket.disable_monitor()
-        self._monitor.close(linger=0)
+        self._watch.close()
         if self.is_lost:
             # Nobody will fetch what is still queued.
             self._channel.socket.setsockopt(zmq.LINGER, 0)

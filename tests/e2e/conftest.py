@@ -15,6 +15,8 @@ import httpx
 import psutil
 import pytest
 
+from frontend import Client
+
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 60.0
 
@@ -111,3 +113,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEngine]:
     running = RunningEngine(directory, "--port", "0").wait_until_ready()
     yield running
     running.stop_at_any_cost()
+
+
+@pytest.fixture(scope="module")
+def client(engine: RunningEngine) -> Iterator[Client]:
+    with Client(engine.address) as client:
+        yield client

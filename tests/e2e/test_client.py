@@ -23,9 +23,10 @@ from tokenizers import Tokenizer
 
 from bundled import MODEL_DIR
 from frontend import AsyncClient, Client, EngineUnavailableError, InvalidRequestError, SamplingParams
-from protocol.messages import PROTOCOL_VERSION, FrontendMessage, Generate, Hello, Stats, TextPrompt, Welcome
+from protocol.messages import PROTOCOL_VERSION, FrontendMessage, Generate, Hello, TextPrompt, Welcome
 from protocol.transport import MAX_MESSAGE_BYTES, Channel, open_socket
 from tests.e2e.conftest import ROOT, RunningEngine
+from tests.support.requests import WEATHER, ask, is_idle, wait_until
 
 Start = Callable[..., RunningEngine]
 
@@ -34,35 +35,6 @@ CAPITAL = "The capital of Italy is"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 # As many tokens as the context holds: about ten seconds of work, which no test waits for.
 ENDLESS = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-
-
-def ask(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}]
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.01)
-
-
-def is_idle(stats: Stats) -> bool:
-    return stats.num_running == stats.num_waiting == 0 and stats.num_free_blocks == stats.num_blocks
-
-
-@pytest.fixture(scope="module")
-def client(engine: RunningEngine) -> Iterator[Client]:
-    with Client(engine.address) as client:
-        yield client
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -18,8 +17,8 @@ from tokenizers import Tokenizer
 
 from bundled import MODEL_DIR
 from frontend import Client, SamplingParams
-from protocol.messages import Stats
 from tests.e2e.conftest import RunningEngine
+from tests.support.requests import WEATHER, ask, is_idle, wait_until
 
 MODEL = "tiny-qwen3"
 STORY = "Once upon a time"
@@ -28,35 +27,6 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 NOT_OPENAIS = ("top_k", "stop_token_ids", "ignore_eos", "return_token_ids")
 # What asks for as many tokens as the context holds: about ten seconds of work, which no test waits for.
 ENDLESS = {"max_tokens": 2000, "temperature": 0, "ignore_eos": True}
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Get the weather in a city.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-
-
-def ask(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}]
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.01)
-
-
-def is_idle(stats: Stats) -> bool:
-    return stats.num_running == stats.num_waiting == 0 and stats.num_free_blocks == stats.num_blocks
-
-
-@pytest.fixture(scope="module")
-def client(engine: RunningEngine) -> Iterator[Client]:
-    with Client(engine.address) as client:
-        yield client
 
 
 @pytest.fixture(autouse=True)
