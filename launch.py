@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import zmq
@@ -25,12 +25,11 @@ from protocol.address import AddressLock, default_address, private_directory, so
 from protocol.config import EngineConfig, EngineOptions, parse_arguments
 from protocol.errors import ConfigError
 from protocol.messages import Malformed, ProcessFailed, ProcessReady, Progress, ToLauncher
+from protocol.process import LIFELINE_VARIABLE
 from protocol.resolve import resolve
 from protocol.transport import Channel, open_socket
 
 PROCESSES = {"frontend": "frontend.server", "core": "core.engine", "worker": "worker.main"}
-# Set by a program that starts an engine of its own: the read end of a pipe that closes when that program is gone.
-LIFELINE_VARIABLE = "MINI_VLLM_LIFELINE_FD"
 _POLL_MS = 100
 # What a process may take to stop, beyond the time that running requests get.
 _STOP_SECONDS = 10.0
@@ -205,14 +204,15 @@ def launch(options: EngineOptions) -> int:
     """
     address = options.ipc or default_address()
     directory = socket_path(address).parent
+    # Until there is a launcher, which a download may take a while to come to, a signal ends the program in order.
+    _on_stop_signals(lambda: sys.exit(128 + signal.SIGTERM))
     is_new = not directory.exists()
     private_directory(directory)
     lock = AddressLock(address)
     run_directory = Path(tempfile.mkdtemp(prefix="run-", dir=directory))
     try:
         launcher = Launcher(resolve(options, run_directory))
-        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signal_number, lambda *_: launcher.stop())
+        _on_stop_signals(launcher.stop)
         _watch_lifeline(launcher)
         return launcher.run()
     finally:
@@ -223,6 +223,13 @@ def launch(options: EngineOptions) -> int:
             # Unless another engine has made itself at home meanwhile.
             with contextlib.suppress(OSError):
                 directory.rmdir()
+
+
+def _on_stop_signals(action: Callable[[], object]) -> None:
+    """Sets what the signals that end a program do; one that is ignored from the start, as by nohup, stays so."""
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signal_number) is not signal.SIG_IGN:
+            signal.signal(signal_number, lambda *_: action())
 
 
 def _watch_lifeline(launcher: Launcher) -> None:

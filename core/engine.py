@@ -29,7 +29,7 @@ from protocol.messages import (
     WorkerToCore,
 )
 from protocol.process import ChildProcess, run_child
-from protocol.transport import Channel, open_socket
+from protocol.transport import UNLIMITED, Channel, open_socket
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,11 @@ class EngineCore:
         self._stop_reader, stop_writer = os.pipe()
         signal.signal(signal.SIGTERM, lambda *_: os.write(stop_writer, b"x"))
         self._depth = PIPELINE_DEPTH if config.options.async_scheduling else 1
-        self._worker = Channel(open_socket(child.context, zmq.PAIR, bind=config.worker_address), WorkerToCore)
-        self._frontend_socket = open_socket(child.context, zmq.ROUTER, bind=config.core_address)
+        worker = open_socket(child.context, zmq.PAIR, bind=config.worker_address, max_message_bytes=UNLIMITED)
+        self._worker = Channel(worker, WorkerToCore)
+        self._frontend_socket = open_socket(
+            child.context, zmq.ROUTER, bind=config.core_address, max_message_bytes=UNLIMITED
+        )
         self._poller = zmq.Poller()
         self._poller.register(self._stop_reader, zmq.POLLIN)
         self._poller.register(self._worker.socket, zmq.POLLIN)

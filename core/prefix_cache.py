@@ -56,7 +56,13 @@ class PrefixCache:
             self._digest_of[block] = digest
 
     def forget(self, block: int) -> None:
-        """The block's content is about to be overwritten, or is not to be trusted."""
+        """The block's content is about to be overwritten."""
         digest = self._digest_of.pop(block, None)
         if digest is not None:
             del self._block_of[digest]
+
+    def forget_digest(self, digest: bytes) -> None:
+        """The content that the digest stands for is not to be trusted."""
+        block = self._block_of.get(digest)
+        if block is not None:
+            self.forget(block)

@@ -224,6 +224,8 @@ class Scheduler:
                 continue
             if request.num_in_flight:
                 break  # preempted with tokens still to come back, one of which may end it
+            if reserve + 1 > self.pool.num_free:
+                break  # it needs a block at least; looking up how many costs more the longer the prompt
             num_blocks = -(-len(request.token_ids) // self.config.block_size)
             cached = self._find_cached_blocks(request)
             num_revived = sum(map(self.pool.is_free, cached))
@@ -356,8 +358,8 @@ class Scheduler:
         reason: FinishReason | None = None
         stop_reason: int | None = None
         if token < 0:
-            for block in request.block_ids:
-                self.cache.forget(block)
+            for digest in request.digests:
+                self.cache.forget_digest(digest)
             effects.fail(request, "the model's output is not a number (NaN): the weights may be damaged")
             self._finish(request)
             self._counts["finished"] += 1

@@ -27,7 +27,7 @@ from protocol.messages import (
     Stats,
     StepOutputs,
 )
-from protocol.transport import AsyncChannel, DisconnectWatch, open_socket
+from protocol.transport import UNLIMITED, AsyncChannel, DisconnectWatch, open_socket
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class CoreLink:
         self._epoch = 0
         self._query_ids = itertools.count(1)
         self._queries: dict[int, Callable[[Stats | None], None]] = {}
-        socket = open_socket(context, zmq.DEALER)
+        socket = open_socket(context, zmq.DEALER, max_message_bytes=UNLIMITED)
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._watch = DisconnectWatch(socket, self._lose)
         self._channel = AsyncChannel(socket, CoreToFrontend, self._on_message)

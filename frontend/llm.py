@@ -28,10 +28,9 @@ from protocol.address import is_engine_running
 from protocol.config import make_options, option_flags
 from protocol.errors import ConfigError, EngineUnavailableError
 from protocol.messages import Stats
+from protocol.process import LIFELINE_VARIABLE
 from protocol.sampling import SamplingParams
 
-# The launcher reads this variable: the read end of a pipe that closes when the program that started it is gone.
-LIFELINE_VARIABLE = "MINI_VLLM_LIFELINE_FD"
 _STOP_SECONDS = 30.0
 # A large model from a slow disk takes minutes; an engine that fails says so long before.
 _START_SECONDS = 3600.0

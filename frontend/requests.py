@@ -20,6 +20,7 @@ from protocol.errors import EngineUnavailableError, InvalidRequestError
 from protocol.messages import AbortRequests, AddRequest, Failed, Finished, StepOutputs, pack_ints, unpack_ints
 from protocol.sampling import SamplingParams
 
+MAX_CACHE_SALT_CHARS = 1024
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 
 
@@ -127,6 +128,10 @@ class RequestTable:
             raise InvalidRequestError.out_of_range("priority", priority, "a signed 32-bit integer")
         if cache_salt == "":
             raise InvalidRequestError("cache_salt must not be empty", "cache_salt")
+        if cache_salt is not None and len(cache_salt) > MAX_CACHE_SALT_CHARS:
+            raise InvalidRequestError(
+                f"cache_salt must have at most {MAX_CACHE_SALT_CHARS} characters, got {len(cache_salt)}", "cache_salt"
+            )
         if params.stop and self._tokenizer is None:
             raise InvalidRequestError(
                 "stop needs text, and the engine runs without a tokenizer (--skip-tokenizer-init)", "stop"

@@ -14,7 +14,6 @@ from frontend.http_api import make_app
 from frontend.http_server import HttpServer, bind_http, http_url
 from frontend.ipc import IpcServer
 from frontend.service import Service
-from protocol.address import socket_path
 from protocol.process import ChildProcess, run_child
 
 
@@ -47,7 +46,6 @@ async def serve(child: ChildProcess) -> None:
             await http.close()
         if ipc is not None:
             ipc.close()
-            socket_path(config.address).unlink(missing_ok=True)
         if service is not None:
             service.close()
         if listener is not None:

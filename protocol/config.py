@@ -46,7 +46,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     )
     load_format: Literal["auto", "dummy"] = _option("auto", "auto reads safetensors; dummy makes random weights")
     skip_tokenizer_init: bool = _option(False, "serve without a tokenizer: token ids in and out")
-    max_model_len: PositiveInt | None = _option(
+    max_model_len: Annotated[int, Meta(ge=2)] | None = _option(
         None, "longest sequence, prompt and answer; default: the model's, bounded by the cache"
     )
     max_num_seqs: PositiveInt = _option(256, "most sequences running at once")

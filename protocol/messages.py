@@ -24,7 +24,7 @@ PROTOCOL_VERSION = 1
 
 Int32Array = bytes
 Int64Array = bytes
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort"]
 Count = Annotated[int, Meta(ge=0)]
 
 

@@ -21,6 +21,9 @@ from protocol.errors import EngineError
 from protocol.messages import ProcessFailed, ProcessReady, Progress
 from protocol.transport import Channel, open_socket
 
+# For the launcher itself: a program that starts an engine of its own sets this to the read end of such a pipe.
+LIFELINE_VARIABLE = "MINI_VLLM_LIFELINE_FD"
+
 
 class ChildProcess:
     """The launcher's side of a child, as the child sees it: its configuration and the ways to report."""
@@ -76,9 +79,8 @@ def _watch_lifeline() -> None:
     def wait() -> None:
         while os.read(0, 1):
             pass
-        # The launcher is gone without having stopped its children. Give `main` the chance to end in order first.
-        os.kill(os.getpid(), signal.SIGTERM)
-        threading.Event().wait(2.0)
+        # The launcher is gone without having stopped its children, and with it the lock of the address: what ended in
+        # order from here on might remove the socket of the next engine.
         os._exit(1)
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()

@@ -83,15 +83,11 @@ def _find_model(model: str | None) -> tuple[Path, str]:
 
 
 def _download(hub_id: str) -> Path:
-    """The hub repository's local copy, downloaded with a progress bar if it is not there yet."""
+    """The hub repository's local copy, completed with a progress bar; without a network, the copy as it is."""
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass  # not there yet
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError, httpx.HTTPError) as error:

@@ -23,7 +23,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True)
     """Sampling and stopping options of one request.
 
     Attributes:
-        temperature: softmax temperature, 0 to 100; 0 takes the most likely token.
+        temperature: softmax temperature, 0 to 100; 0 (and anything below 1e-5) takes the most likely token.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
         seed: makes the draw reproducible, a signed 64-bit integer; None draws a seed on arrival.
@@ -85,7 +85,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True)
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0 or self.top_k == 1
+        # Below this, dividing by the temperature overflows, and the most likely token is all that is ever drawn.
+        return self.temperature < 1e-5 or self.top_k == 1
 
 
 def _as_tuple(value: object, name: str, kind: type) -> tuple:

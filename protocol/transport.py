@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Above the largest honest message (a prompt of a million tokens); a peer that sends more is cut off by ZeroMQ.
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+UNLIMITED = -1
 # Set, rather than left at ZeroMQ's default of 1000, so that a full queue is noticed (zmq.Again), never a silent drop.
 HIGH_WATER_MARK = 100_000
 LINGER_MS = 1000
@@ -44,13 +45,24 @@ class Decoder:
             return Malformed(reason=str(error))
 
 
-def open_socket(context: zmq.Context, kind: int, *, bind: str | None = None, connect: str | None = None) -> zmq.Socket:
-    """A socket with this project's limits, bound or connected to an address."""
+def open_socket(
+    context: zmq.Context,
+    kind: int,
+    *,
+    bind: str | None = None,
+    connect: str | None = None,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+) -> zmq.Socket:
+    """A socket with this project's limits, bound or connected to an address.
+
+    Between the engine's own processes `max_message_bytes` is `UNLIMITED`: a step that admits many long prompts whose
+    beginnings are cached may be larger than anything that a client is allowed to send.
+    """
     socket = context.socket(kind)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     if kind == zmq.ROUTER:
         # Sending to a peer that is gone raises instead of dropping the message.
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)

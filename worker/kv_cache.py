@@ -65,6 +65,11 @@ def bounded_model_len(config: EngineConfig, num_blocks: int) -> int:
         ConfigError: the user asked for more than fits.
     """
     capacity = (num_blocks - 1) * config.block_size
+    if capacity < 1:
+        raise ConfigError(
+            f"--kv-cache-memory {config.options.kv_cache_memory} does not hold one block of {config.block_size} "
+            "tokens; raise it, or lower --block-size"
+        )
     if config.max_model_len <= capacity:
         return config.max_model_len
     if config.options.max_model_len is not None:

@@ -27,7 +27,7 @@ from protocol.messages import (
     WorkerReady,
 )
 from protocol.process import ChildProcess, run_child
-from protocol.transport import Channel, open_socket
+from protocol.transport import UNLIMITED, Channel, open_socket
 from worker.graphs import batch_buckets
 from worker.kernels import select
 from worker.kv_cache import allocate_kv_cache, bounded_model_len, num_blocks_on_cpu, num_blocks_on_gpu
@@ -74,8 +74,8 @@ def load_model(config: EngineConfig, device: torch.device, dtype: torch.dtype, c
     return model
 
 
-def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tuple[StepRunner, int]:
-    """A runner ready for its first step, and the number of its KV-cache blocks.
+def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tuple[StepRunner, WorkerReady]:
+    """A runner ready for its first step, and what the core must know of it.
 
     Raises:
         ConfigError: the device, the weights or the memory do not allow it.
@@ -86,14 +86,15 @@ def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tupl
         runner = StepRunner(config, model, select(device), device, dtype)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"--attention-backend {config.attention_backend}: {error}") from error
-    if device.type == "cpu":
+    on_gpu = device.type == "cuda"
+    use_graphs = on_gpu and not config.options.enforce_eager and config.attention_backend != "torch"
+    if on_gpu:
+        num_blocks = num_blocks_on_gpu(config, dtype, _peak_bytes(config, runner, device, dtype, use_graphs))
+    else:
         num_blocks = num_blocks_on_cpu(config, dtype)
-        runner.set_kv_cache(allocate_kv_cache(config, num_blocks, device, dtype))
-        return runner, num_blocks
-    use_graphs = not config.options.enforce_eager and config.attention_backend != "torch"
-    num_blocks = num_blocks_on_gpu(config, dtype, _peak_bytes(config, runner, device, dtype, use_graphs))
-    bounded_model_len(config, num_blocks)
+    max_model_len = bounded_model_len(config, num_blocks)
     runner.set_kv_cache(allocate_kv_cache(config, num_blocks, device, dtype))
+    runner.run_small_steps()
     if use_graphs:
 
         def progress(done: int, total: int) -> None:
@@ -101,7 +102,7 @@ def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tupl
                 child.progress("CUDA graphs", done, total)
 
         runner.use_graphs(runner.capture_graphs(progress))
-    return runner, num_blocks
+    return runner, WorkerReady(PROTOCOL_VERSION, EPOCH, num_blocks, config.block_size, max_model_len)
 
 
 def _peak_bytes(
@@ -149,6 +150,8 @@ def serve(channel: Channel, runner: StepRunner, profiler: StepProfiler | None) -
                     profiler.before_step()
                 pending.append(runner.execute(message))
             elif isinstance(message, Shutdown):
+                if profiler is not None:
+                    profiler.close()
                 return
             elif isinstance(message, Malformed):
                 raise RuntimeError(f"the core sent a malformed message: {message.reason}")
@@ -159,12 +162,12 @@ def serve(channel: Channel, runner: StepRunner, profiler: StepProfiler | None) -
 
 def main(child: ChildProcess) -> None:
     config = child.config
-    channel = Channel(open_socket(child.context, zmq.PAIR, connect=config.worker_address), CoreToWorker)
+    socket = open_socket(child.context, zmq.PAIR, connect=config.worker_address, max_message_bytes=UNLIMITED)
+    channel = Channel(socket, CoreToWorker)
     try:
-        runner, num_blocks = make_runner(config, child)
-        max_model_len = bounded_model_len(config, num_blocks)
-        channel.send(WorkerReady(PROTOCOL_VERSION, EPOCH, num_blocks, config.block_size, max_model_len))
-        child.ready(device=device_name(config), kv_cache_tokens=(num_blocks - 1) * config.block_size)
+        runner, ready = make_runner(config, child)
+        channel.send(ready)
+        child.ready(device=device_name(config), kv_cache_tokens=(ready.num_blocks - 1) * ready.block_size)
         serve(channel, runner, make_profiler(config))
     except Exception as error:
         channel.send(WorkerFailed(EPOCH, str(error)))

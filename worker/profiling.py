@@ -7,6 +7,7 @@ Recording slows a step a little, so it understates.
 from __future__ import annotations
 
 import json
+import logging
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
+logger = logging.getLogger(__name__)
+
 _TOP_KERNELS = 25
 
 
 class StepProfiler:
-    """Counts steps and records `first..last`, then writes `trace.json` and `summary.json`."""
+    """Counts steps, records `first..last`, and writes `trace.json` and `summary.json`: then, or at `close` of fewer."""
 
     def __init__(self, directory: Path, first: int, last: int) -> None:
         self._directory = directory
@@ -32,15 +35,22 @@ class StepProfiler:
             self._profile = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
             self._profile.start()
         elif self._step == self._last + 1 and self._profile is not None:
-            self._write(self._profile)
+            self._write(self._profile, self._last - self._first + 1)
             self._profile = None
 
-    def _write(self, recorded: profile) -> None:
+    def close(self) -> None:
+        if self._profile is not None:
+            self._write(self._profile, self._step - self._first + 1)
+            self._profile = None
+        elif self._step < self._first:
+            logger.warning("no profile was written: %d steps ran, the first to record is %d", self._step, self._first)
+
+    def _write(self, recorded: profile, num_steps: int) -> None:
         torch.cuda.synchronize()
         recorded.stop()
         self._directory.mkdir(parents=True, exist_ok=True)
         recorded.export_chrome_trace(str(self._directory / "trace.json"))
-        summary = summarize(list(recorded.events() or []), self._last - self._first + 1)
+        summary = summarize(list(recorded.events() or []), num_steps)
         (self._directory / "summary.json").write_text(json.dumps(summary, indent=1))
 
 

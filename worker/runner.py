@@ -293,6 +293,24 @@ class StepRunner:
             self.head_eagerly(rows, variant)
         self._sent_shape = None
 
+    @torch.inference_mode()
+    def run_small_steps(self) -> None:
+        """Runs steps of a few tokens on null slots, so that what they use beside the largest steps and the graphs is
+        compiled and initialised now, and not when the first request comes."""
+        for decode, prefill in ((1, 0), (0, 16), (1, 16)):
+            prefill = min(prefill, self._max_tokens - decode)
+            rows, tokens = decode + (prefill > 0), decode + prefill
+            if rows > self.state.num_slots or not tokens:
+                continue
+            slots = np.full(rows, self.state.null_slot)
+            starts = np.array([*range(decode + 1), *([tokens] if prefill else [])])
+            chunks = [np.zeros(prefill, np.int32)] if prefill else []
+            self._inputs.send(slots, slots[:1], np.zeros(1), starts, decode, chunks)
+            self.forward_eagerly(ForwardShape(decode, rows, tokens, 1, max(prefill, 1), tokens))
+        for variant in SamplingVariant:
+            self.head_eagerly(1, variant)
+        self._sent_shape = None
+
     def _null_inputs(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         slots = np.full(rows, self.state.null_slot)
         counting = np.arange(rows + 1)

@@ -66,7 +66,7 @@ def mask_top_k_top_p(
     count_wanted = torch.where(top_k > 0, top_k, logits.shape[1]).float()
     threshold = _largest_threshold(probs, ones, count_wanted)
     probs = torch.where(probs >= threshold[:, None], probs, 0.0)
-    mass_wanted = top_p * probs.sum(dim=-1)
+    mass_wanted = top_p.clamp(min=1e-6) * probs.sum(dim=-1)  # a top_p of 1e-46 is 0 in float32
     threshold = torch.where(top_p < 1, _largest_threshold(probs, probs, mass_wanted), threshold)
     dropped = (probs < threshold[:, None]) & (temperature > 0)[:, None]
     return logits.masked_fill(dropped, float("-inf"))

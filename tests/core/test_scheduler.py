@@ -291,6 +291,18 @@ def test_output_that_is_no_number_fails_the_request_and_is_not_cached() -> None:
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_usable
 
 
+def test_a_preempted_request_that_fails_leaves_nothing_in_the_cache() -> None:
+    engine = Engine(make_scheduler(), rule=lambda seed, position, total: -1 if position == 13 else 9)
+    engine.add(0, prompt_of(1, 12), max_tokens=10)
+    while engine.scheduler.table.num_computed.max() < 13:
+        engine.send() or engine.receive()
+    engine.scheduler._preempt(engine.scheduler._running[0])
+    assert len(engine.scheduler.cache) == 3
+    engine.run()
+    assert "NaN" in engine.failed[0]
+    assert len(engine.scheduler.cache) == 0
+
+
 def test_requests_of_a_frontend_that_is_gone_are_ended() -> None:
     scheduler = make_scheduler()
     engine = Engine(scheduler, rule=lambda *_: 9)

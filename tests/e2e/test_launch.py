@@ -65,6 +65,19 @@ def test_stopping_while_starting_leaves_nothing(start_engine: Start, tmp_path: P
         assert list(tmp_path.iterdir()) == []
 
 
+def test_a_hangup_that_is_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "launch.py", "--no-http", "--device", "cpu", "--ipc", f"ipc://{tmp_path}/e.sock"]
+    tmp_path.chmod(0o700)
+    with subprocess.Popen(["nohup", *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert any("IPC" in line for line in process.stdout)
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.0)
+        process.terminate()
+        assert process.wait(20) == 0
+
+
 def test_a_killed_launcher_takes_its_processes_along(start_engine: Start) -> None:
     engine = start_engine("--port", "0").wait_until_ready()
     children = engine.children()
@@ -95,6 +108,8 @@ def test_the_death_of_a_process_ends_the_engine_with_an_error(start_engine: Star
         (["--attention-backend", "triton"], "needs a GPU"),
         (["--max-model-len", "999999"], "--max-model-len"),
         (["--max-model-len", "2048", "--num-gpu-blocks-override", "4"], "does not fit in the KV cache"),
+        (["--kv-cache-memory", "1KiB"], "does not hold one block"),
+        (["--max-model-len", "1"], "--max-model-len"),
         (["--port", "99999"], "--port"),
         (["--host", "256.0.0.1"], "256.0.0.1"),
     ],

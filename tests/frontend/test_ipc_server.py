@@ -249,7 +249,9 @@ def test_abort_ends_a_request_and_is_answered(frontend: Frontend, client: Client
     client.gather(1, 2)
     assert client.finished[1].reason == "abort"
     assert client.finished[2].reason == "length"
-    wait_until(lambda: len(frontend.core.aborted) == 1)
+    first, second = frontend.core.added[-2:]
+    wait_until(lambda: first.request_id in frontend.core.aborted)
+    assert second.request_id not in frontend.core.aborted
 
 
 def test_a_long_prompt_can_be_aborted_while_it_is_encoded(client: Client) -> None:

@@ -65,7 +65,6 @@ def test_sigterm_lets_requests_finish_and_refuses_new_ones(
     assert len(client.tokens[1]) == 60
     assert [(m.request_id, m.kind) for m in client.others] == [(2, "unavailable")]
     assert frontend.process.wait(10) == 0
-    assert not socket_path(frontend.config.address).exists()
 
 
 def test_sigterm_ends_what_takes_too_long(
@@ -116,7 +115,6 @@ def test_a_launcher_that_goes_away_takes_the_frontend_with_it(make_frontend: Cal
     assert frontend.process.stdin is not None
     frontend.process.stdin.close()
     assert frontend.process.wait(10) is not None
-    assert not socket_path(frontend.config.address).exists()
 
 
 def test_a_core_of_another_version_is_an_error_of_the_start(make_frontend: Callable[..., Frontend]) -> None:

@@ -53,7 +53,7 @@ def test_one_string_or_a_list_or_nothing_is_the_same_as_a_tuple() -> None:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "greedy"), [(0, 0, True), (1, 1, True), (1, 0, False), (0.5, 2, False)]
+    ("temperature", "top_k", "greedy"), [(0, 0, True), (1e-38, 0, True), (1, 1, True), (1, 0, False), (0.5, 2, False)]
 )
 def test_greedy_is_temperature_zero_or_one_candidate(temperature: float, top_k: int, greedy: bool) -> None:
     assert SamplingParams(temperature=temperature, top_k=top_k).is_greedy is greedy

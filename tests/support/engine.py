@@ -13,10 +13,9 @@ from typing import Any
 from core.engine import PIPELINE_DEPTH, scheduler_config
 from core.scheduler import Scheduler
 from protocol.config import EngineConfig, make_options
-from protocol.messages import PROTOCOL_VERSION, AddRequest, StepOutputs, StepResult, WorkerReady, pack_ints, unpack_ints
+from protocol.messages import AddRequest, StepOutputs, StepResult, pack_ints, unpack_ints
 from protocol.resolve import resolve
 from protocol.sampling import SamplingParams
-from worker.kv_cache import bounded_model_len
 from worker.main import make_runner
 from worker.runner import PendingTokens, StepRunner
 
@@ -30,10 +29,7 @@ class InProcessEngine:
 
     def __init__(self, model: Path | str, runner: StepRunner | None = None, **options: Any) -> None:
         self.config = make_config(model, **options)
-        self.runner, num_blocks = make_runner(self.config)
-        ready = WorkerReady(
-            PROTOCOL_VERSION, 0, num_blocks, self.config.block_size, bounded_model_len(self.config, num_blocks)
-        )
+        self.runner, ready = make_runner(self.config)
         self.scheduler = Scheduler(scheduler_config(self.config, ready))
         self.depth = PIPELINE_DEPTH if self.config.options.async_scheduling else 1
         self.finished: dict[int, str] = {}

@@ -44,6 +44,12 @@ def test_greedy_rows_of_a_mixed_batch_are_left_alone() -> None:
     assert torch.equal(masked, logits)
 
 
+def test_a_top_p_that_float32_cannot_hold_keeps_the_most_likely_token() -> None:
+    logits = torch.tensor([[1.0, 4.0, 2.0]])
+    masked = mask_top_k_top_p(logits, torch.ones(1), torch.tensor([0]), torch.tensor([1e-46], dtype=torch.float32))
+    assert (masked > -torch.inf).tolist() == [[False, True, False]]
+
+
 def test_nan_survives_the_mask() -> None:
     logits = torch.randn(2, 50)
     logits[0, 7] = torch.nan
