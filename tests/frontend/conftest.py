@@ -181,6 +181,8 @@ def frontend(shared_frontend: Frontend) -> Iterator[Frontend]:
     core.failure = core.fail_after = None
     core.step_seconds = 0.0
     core.may_step.set()
+    # What is still on its way from this test must not count in the next one.
+    wait_until(lambda: core.num_running == 0)
 
 
 @pytest.fixture
