@@ -49,7 +49,7 @@ def make_app(service: Service) -> Starlette:
             body["reason"] = service.unavailable_reason
         return _json(body, 200 if service.state == "ready" else 503)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatEndpoint(service, defaults), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(service, defaults), methods=["POST"]),
@@ -63,6 +63,9 @@ def make_app(service: Service) -> Starlette:
             Exception: internal_error_response,
         },
     )
+    # A path with a slash too many is not served: API clients do not follow a redirect of a POST.
+    app.router.redirect_slashes = False
+    return app
 
 
 def _json(body: object, status: int = 200) -> Response:

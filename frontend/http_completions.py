@@ -6,6 +6,7 @@ Whatever ends an exchange early, an error, a client that leaves or a server that
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from typing import Any
 
 import msgspec
@@ -36,7 +37,7 @@ _STREAM_HEADERS = [
 ]
 
 
-class _Endpoint:
+class _Endpoint(ABC):
     """An ASGI application; subclasses say what the request and the answer look like."""
 
     def __init__(self, service: Service, defaults: SamplingDefaults) -> None:
@@ -85,16 +86,17 @@ class _Endpoint:
             watcher.cancel()
             self._service.requests.abort(requests)
 
+    @abstractmethod
     def _decode(self, body: bytes) -> tuple[Any, list[Prompt | list[int]]]:
         """The request's fields and its prompts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _max_tokens(self, fields: Any) -> tuple[int | None, str | None]:
         """The most tokens to generate, and the name of the field that says so, if one does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _answer(self, fields: Any) -> Answer:
-        raise NotImplementedError
+        """What the response is made of."""
 
     def _check(self, fields: ChatFields | CompletionFields) -> None:
         if fields.model is not None and fields.model != self._service.engine.model:

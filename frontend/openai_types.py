@@ -156,7 +156,7 @@ class RequestType:
         try:
             request = self._decoder.decode(body)
         except msgspec.ValidationError as error:
-            raise _validation_error(str(error)) from error
+            raise _validation_error(str(error), body) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
         for name, allowed in self._only.items():
@@ -167,13 +167,17 @@ class RequestType:
         return request
 
 
+# Characters of a wrong value that its error shows.
+_LONGEST_VALUE = 100
+
+
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
     # In Python 0 equals False, in JSON it does not.
     return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in allowed)
 
 
-def _validation_error(message: str) -> InvalidRequestError:
-    """msgspec's message with the field it is about, which it gives as a path such as `$.stop[2]`."""
+def _validation_error(message: str, body: bytes) -> InvalidRequestError:
+    """msgspec's message with the field it is about, which it gives as a path such as `$.stop[2]`, and its value."""
     reason, _, path = message.partition(" - at `")
     unknown = re.search(r"unknown field `(.*)`", reason)
     missing = re.search(r"missing required field `(.*)`", reason)
@@ -186,7 +190,10 @@ def _validation_error(message: str) -> InvalidRequestError:
         return InvalidRequestError(f"{name} is missing", name)
     if not inner:
         return InvalidRequestError(f"the body is wrong: {reason}")
-    return InvalidRequestError(f"{inner}: {reason[:1].lower()}{reason[1:]}", re.split(r"[.\[]", inner)[0])
+    name = re.split(r"[.\[]", inner)[0]
+    value = msgspec.json.encode(msgspec.json.decode(body).get(name)).decode()
+    shown = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}…"
+    return InvalidRequestError(f"{inner}: {reason[:1].lower()}{reason[1:]} (got {shown})", name)
 
 
 CHAT_REQUEST = RequestType(ChatFields, _NO_EFFECT + _NO_EFFECT_ON_CHAT, _ONLY | _ONLY_CHAT)

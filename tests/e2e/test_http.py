@@ -336,6 +336,7 @@ def test_json_that_goes_wrong_later_is_refused(engine: RunningEngine, body: byte
         ("POST", "/health", 405),
         ("GET", "/", 404),
         ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/completions/", 404),
     ],
 )
 def test_a_wrong_method_or_route_is_refused(engine: RunningEngine, method: str, path: str, status: int) -> None:
