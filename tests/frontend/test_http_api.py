@@ -246,7 +246,7 @@ def test_models_and_health(client: openai.OpenAI, http: httpx.Client) -> None:
         ({"best_off": 1}, "best_off", "best_off is not a field of this request"),
         ({"stream_options": {"include": True}}, "stream_options.include", "not a field"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
-        ({"temperature": "hot"}, "temperature", "expected `float | null`, got `str` (got \"hot\")"),
+        ({"temperature": "hot"}, "temperature", 'expected `float | null`, got `str` (got "hot")'),
         ({"temperature": -1}, "temperature", "between 0 and 100, got -1"),
         ({"top_p": 0}, "top_p", "above 0"),
         ({"top_k": -2}, "top_k", "got -2"),
