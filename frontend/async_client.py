@@ -225,14 +225,14 @@ class AsyncClient:
         request = ClientRequest(next(self._request_ids), prompt, ids, time.perf_counter())
         generate = Generate(request.request_id, prompt, params, stream, **options)
         try:
-            size = len(encode(generate))
+            frame = encode(generate)
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             # Half of a surrogate pair in a text, or an object in a message that is no JSON.
             raise InvalidRequestError(f"the request cannot be encoded: {error}") from error
-        if size > MAX_MESSAGE_BYTES:
+        if len(frame) > MAX_MESSAGE_BYTES:
             # The engine would cut off this client, with everything else that it has running.
-            raise InvalidRequestError(f"the request takes {size} bytes, of which {MAX_MESSAGE_BYTES} are allowed")
-        if not self._connected().send(generate):
+            raise InvalidRequestError(f"the request takes {len(frame)} bytes, of which {MAX_MESSAGE_BYTES} are allowed")
+        if not self._connected().send_frame(frame):
             raise EngineUnavailableError(f"the engine does not take requests at the moment ({self.address})")
         self._requests[request.request_id] = request
         return request

@@ -90,7 +90,11 @@ class Channel:
 
     def send(self, message: msgspec.Struct, identity: bytes = b"") -> bool:
         """Queues a message. Returns False when the peer is gone or its queue is full: nothing is lost unseen."""
-        frames = [identity, encode(message)] if self._routed else [encode(message)]
+        return self.send_frame(encode(message), identity)
+
+    def send_frame(self, frame: bytes, identity: bytes = b"") -> bool:
+        """Queues a message that is encoded already, by one who had to know its size. Otherwise as `send`."""
+        frames = [identity, frame] if self._routed else [frame]
         try:
             self.socket.send_multipart(frames, zmq.DONTWAIT, copy=True)
         except zmq.ZMQError as error:
@@ -139,8 +143,8 @@ class AsyncChannel(Channel):
         self._loop.add_reader(self._fd, self._drain)
         self._schedule_drain()
 
-    def send(self, message: msgspec.Struct, identity: bytes = b"") -> bool:
-        sent = super().send(message, identity)
+    def send_frame(self, frame: bytes, identity: bytes = b"") -> bool:
+        sent = super().send_frame(frame, identity)
         self._schedule_drain()
         return sent
 

@@ -8,31 +8,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import zmq
 
 from benchmarks.client import parse_arguments, run
-from protocol.address import AddressLock
-from protocol.messages import (
-    PROTOCOL_VERSION,
-    ClientMessage,
-    EngineInfo,
-    Failed,
-    Finished,
-    Generate,
-    Hello,
-    Outputs,
-    TokenPrompt,
-    Welcome,
-    pack_ints,
-    unpack_ints,
-)
-from protocol.transport import Channel, open_socket
+from protocol.messages import Failed, Finished, Generate, Message, Outputs, TokenPrompt, pack_ints, unpack_ints
+from tests.support.scripted_engine import ScriptedEngine
 
 VOCAB_SIZE = 50
 SMALL = ["--num-requests", "6", "--input-len", "3-9", "--output-len", "2-5", "--no-warmup"]
@@ -45,35 +29,19 @@ async def measure(*flags: str) -> int:
 # --- over IPC -------------------------------------------------------------------------------------------------------
 
 
-class IpcEngine(threading.Thread):
-    """Answers each request with as many tokens as it asks for, one a message, or with what `answer` makes of it."""
+class IpcEngine(ScriptedEngine):
+    """Answers each request with as many tokens as it asks for, one a message, or with its failure."""
 
     def __init__(self, address: str) -> None:
-        super().__init__(daemon=True)
-        self.address = address
+        super().__init__(address, VOCAB_SIZE)
         self.seen: list[Generate] = []
         self.missing_tokens = 0
         self.failure: str | None = None
-        self._stop_requested = threading.Event()
-        self._lock = AddressLock(address)
 
-    def run(self) -> None:
-        context = zmq.Context()
-        channel = Channel(open_socket(context, zmq.ROUTER, bind=self.address), ClientMessage)
-        while not self._stop_requested.is_set():
-            received = channel.receive(timeout_ms=20)
-            if received is None:
-                continue
-            peer, message = received
-            if isinstance(message, Hello):
-                channel.send(Welcome(PROTOCOL_VERSION, EngineInfo("tiny", 512, VOCAB_SIZE, 16, 64)), peer)
-            elif isinstance(message, Generate):
-                self.seen.append(message)
-                for answer in self._answers(message):
-                    channel.send(answer, peer)
-        channel.close()
-        context.term()
-        self._lock.release()
+    def answers(self, message: Message) -> Iterator[Message]:
+        if isinstance(message, Generate):
+            self.seen.append(message)
+            yield from self._answers(message)
 
     def _answers(self, request: Generate) -> Iterator[Outputs | Failed]:
         request_id = request.request_id
@@ -84,10 +52,6 @@ class IpcEngine(threading.Thread):
         for _ in range(request.params.max_tokens - self.missing_tokens):
             yield Outputs(pack_ints([request_id], "<i8"), pack_ints([7]))
         yield Outputs(b"", b"", [], [Finished(request_id, "length", num_cached_tokens=2)])
-
-    def stop(self) -> None:
-        self._stop_requested.set()
-        self.join()
 
 
 @pytest.fixture

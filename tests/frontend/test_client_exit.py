@@ -11,66 +11,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zmq
 
 from frontend import Client, EngineUnavailableError
-from protocol.address import AddressLock
-from protocol.messages import (
-    PROTOCOL_VERSION,
-    Abort,
-    ClientMessage,
-    EngineInfo,
-    Generate,
-    Hello,
-    Outputs,
-    Welcome,
-    pack_ints,
-)
-from protocol.transport import Channel, open_socket
+from protocol.messages import Abort, Generate, Message, Outputs, pack_ints
+from tests.support.scripted_engine import ScriptedEngine
 
 ROOT = Path(__file__).parents[2]
 SOON_S = 5.0
 
 
-class SlowEngine(threading.Thread):
+class SlowEngine(ScriptedEngine):
     """Gives every request one token and never ends it; notes what is aborted."""
 
     def __init__(self, address: str) -> None:
-        super().__init__(daemon=True)
-        self.address = address
+        super().__init__(address)
         self.started: list[int] = []
         self.aborted: list[int] = []
-        self._stop_requested = threading.Event()
-        self._lock = AddressLock(address)
 
-    def run(self) -> None:
-        context = zmq.Context()
-        channel = Channel(open_socket(context, zmq.ROUTER, bind=self.address), ClientMessage)
-        while not self._stop_requested.is_set():
-            received = channel.receive(timeout_ms=20)
-            if received is None:
-                continue
-            peer, message = received
-            if isinstance(message, Hello):
-                channel.send(Welcome(PROTOCOL_VERSION, EngineInfo("tiny", 512, 640, 16, 64)), peer)
-            elif isinstance(message, Generate):
-                self.started.append(message.request_id)
-                channel.send(Outputs(pack_ints([message.request_id], "<i8"), pack_ints([7])), peer)
-            elif isinstance(message, Abort):
-                self.aborted += message.request_ids
-        channel.close()
-        context.term()
-        self._lock.release()
+    def answers(self, message: Message) -> Iterator[Message]:
+        if isinstance(message, Generate):
+            self.started.append(message.request_id)
+            yield Outputs(pack_ints([message.request_id], "<i8"), pack_ints([7]))
+        elif isinstance(message, Abort):
+            self.aborted += message.request_ids
 
     def wait_until_aborted(self) -> None:
         deadline = time.monotonic() + SOON_S
         while self.aborted != self.started or not self.started:
             assert time.monotonic() < deadline, f"started {self.started}, aborted {self.aborted}"
             time.sleep(0.01)
-
-    def stop(self) -> None:
-        self._stop_requested.set()
-        self.join()
 
 
 @pytest.fixture

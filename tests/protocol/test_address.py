@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.address import AddressLock, default_address, private_directory, socket_path
+from protocol.address import AddressLock, default_address, is_engine_running, private_directory, socket_path
 from protocol.errors import ConfigError
 
 
@@ -20,8 +20,14 @@ def test_second_engine_on_an_address_is_told_who_holds_it(tmp_path: Path) -> Non
 
 
 def test_a_left_over_lock_file_is_no_obstacle(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/engine.sock"
     (tmp_path / "engine.lock").write_text("12345")
-    AddressLock(f"ipc://{tmp_path}/engine.sock").release()
+    assert not is_engine_running(address)
+    lock = AddressLock(address)
+    assert is_engine_running(address)
+    assert (tmp_path / "engine.lock").read_text() == str(os.getpid())
+    lock.release()
+    assert not is_engine_running(address)
 
 
 def test_directory_is_made_private(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from protocol.messages import AddRequest, StepOutputs, StepResult, pack_ints, un
 from protocol.resolve import resolve
 from protocol.sampling import SamplingParams
 from worker.main import make_runner
-from worker.runner import PendingTokens, StepRunner
+from worker.runner import PendingTokens
 
 
 def make_config(model: Path | str, **options: Any) -> EngineConfig:
@@ -27,7 +27,7 @@ def make_config(model: Path | str, **options: Any) -> EngineConfig:
 class InProcessEngine:
     """Generates for a list of prompts; keeps its prefix cache and statistics between calls."""
 
-    def __init__(self, model: Path | str, runner: StepRunner | None = None, **options: Any) -> None:
+    def __init__(self, model: Path | str, **options: Any) -> None:
         self.config = make_config(model, **options)
         self.runner, ready = make_runner(self.config)
         self.scheduler = Scheduler(scheduler_config(self.config, ready))
