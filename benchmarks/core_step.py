@@ -2,8 +2,8 @@
 
     python -m benchmarks.core_step
 
-Every request decodes with the prefix cache on; a step's time is scheduling it, encoding it, applying its tokens and
-encoding what goes to the frontend. Sockets are left out.
+Every request decodes with the prefix cache on; a step's time is scheduling it, encoding it, learning from how long it
+took, applying its tokens and encoding what goes to the frontend. Sockets are left out.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from core.scheduler import Scheduler, SchedulerConfig
+from core.step_time import RelativeCosts, StepTimeModel
 from protocol.messages import AddRequest, StepResult, pack_ints
 from protocol.sampling import SamplingParams
 from protocol.transport import encode
@@ -39,7 +40,8 @@ def step_times(num_running: int, num_steps: int) -> list[float]:
             num_blocks=num_running * (max_model_len // BLOCK_SIZE + 2),
             enable_prefix_caching=True,
             eos_token_ids=(1, 2),
-        )
+        ),
+        step_time=StepTimeModel(8e-3, RelativeCosts(pair=2.6e-4, cached_token=4.8e-5)),
     )
     chooser = random.Random(0)
     tokens = np.random.default_rng(0)
@@ -62,7 +64,7 @@ def step_times(num_running: int, num_steps: int) -> list[float]:
         step_id, rows = in_flight.popleft()
         result = StepResult(step_id, 0, pack_ints(tokens.integers(3, 5000, rows)))
         start = time.perf_counter()
-        for _, message in scheduler.apply(result).messages(0):
+        for _, message in scheduler.apply(result, seconds=1e-3).messages(0):
             encode(message)
         times.append(scheduling + time.perf_counter() - start)
     return times[warm_up:]

@@ -28,17 +28,19 @@ class IpcTransport:
     async def vocab_size(self) -> int | None:
         return self._client.engine.vocab_size
 
+    async def max_model_len(self) -> int | None:
+        return self._client.engine.max_model_len
+
     async def send(self, request: BenchmarkRequest, temperature: float, result: RequestResult) -> None:
         params = SamplingParams(
             temperature=temperature, max_tokens=request.output_len, ignore_eos=True, detokenize=False
         )
         result.sent = time.perf_counter()
         try:
-            output = await self._client.run_request(request.prompt_token_ids, params)
+            output = await self._client.run_request(request.prompt_token_ids, params, token_times=result.token_times)
         except EngineError as error:
             result.error = str(error)
             return
-        result.token_times = output.metrics.token_times
         result.output_len = len(output.outputs[0].token_ids)
         result.cached_len = output.num_cached_tokens
 

@@ -140,7 +140,14 @@ def elementwise_cases() -> Iterator[Case]:
         table = torch.randint(0, 9999, (rows + 1, 256), dtype=torch.int32)
         positions, lens = torch.empty(2, rows, dtype=torch.int32)
         slots = torch.empty(rows, dtype=torch.int64)
-        calls = [partial(ops.step_metadata, row_slots, starts, seq_lens, table, 16, positions, slots, lens)]
+        decode_rows = torch.tensor([rows], dtype=torch.int32)
+        last_token, token_ids = torch.zeros(rows + 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+        calls = [
+            partial(
+                ops.step_metadata, row_slots, starts, decode_rows, seq_lens, last_token, table, 16, token_ids,
+                positions, slots, lens,
+            )
+        ]  # fmt: skip
         yield Case("step_metadata", f"{rows} rows", 36.0 * rows, 0, calls, [])
         workspace = DecodeWorkspace.create(
             max_rows=512,
@@ -150,8 +157,34 @@ def elementwise_cases() -> Iterator[Case]:
             dtype=BF16,
             device=torch.device("cuda", torch.cuda.current_device()),
         )
-        calls = [partial(schedule_decode, row_slots, seq_lens, rows, workspace)]
+        calls = [partial(schedule_decode, row_slots, seq_lens, decode_rows, rows, workspace)]
         yield Case("schedule_decode", f"{rows} rows", 40.0 * rows, 0, calls, [])
+
+
+def linear_cases() -> Iterator[Case]:
+    """A decoder layer's products with what is fused to them, each on the weights of several layers in turn."""
+    ops = select("cuda")
+    norm_weight = torch.ones(HIDDEN, dtype=BF16)
+    heads, both = HEADS * HEAD_DIM, (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    products: dict[str, tuple[int, int]] = {
+        "norm_linear (qkv)": (both, HIDDEN),
+        "linear_add (o)": (HIDDEN, heads),
+        "norm_linear_silu_mul": (2 * INTERMEDIATE, HIDDEN),
+        "linear_add (down)": (HIDDEN, INTERMEDIATE),
+        "norm_linear (head)": (VOCAB, HIDDEN),
+    }
+    for name, (outputs, inputs) in products.items():
+        weights = torch.randn(count_inputs(2.0 * outputs * inputs), outputs, inputs, dtype=BF16)
+        for tokens in (1, 2, 8, 16, 64, 256):
+            x = torch.randn(tokens, inputs, dtype=BF16)
+            residual = torch.randn(tokens, outputs, dtype=BF16)
+            size, flops = 2.0 * (outputs * inputs + tokens * (inputs + outputs)), 2.0 * tokens * outputs * inputs
+            if name.startswith("linear_add"):
+                calls: Calls = [partial(ops.linear_add, x, weight, residual) for weight in weights]
+            else:
+                call = ops.norm_linear_silu_mul if name.endswith("silu_mul") else ops.norm_linear
+                calls = [partial(call, x, norm_weight, 1e-6, weight) for weight in weights]
+            yield Case(name, f"{tokens} tokens", size, flops, calls, [])
 
 
 def sample_cases() -> Iterator[Case]:
@@ -166,6 +199,17 @@ def sample_cases() -> Iterator[Case]:
         calls = [partial(ops.sample, x, slots, temperature, seeds, positions) for x in inputs]
         yield Case("sample", f"{rows} rows", size, 0, calls, [])
 
+        def filtered(x: torch.Tensor, top_k: torch.Tensor, rest: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            slots, positions, temperature, seeds, top_p, min_p = rest
+            threshold = ops.filter_threshold(x, slots, temperature, top_k, top_p, min_p)
+            return ops.sample(x, slots, temperature, seeds, positions, threshold)
+
+        # Logits without a structure are the hardest: a top-p of 0.9 keeps a third of the vocabulary.
+        rest = (slots, positions, temperature, seeds, torch.full_like(temperature, 0.9), torch.zeros_like(temperature))
+        for name, top_k in (("k 50, p 0.9", 50), ("p 0.9", 0)):
+            calls = [partial(filtered, x, torch.full((rows + 1,), top_k, dtype=torch.int32), rest) for x in inputs]
+            yield Case("sample top-k top-p", f"{rows} rows, {name}", size, 0, calls, [])
+
 
 def attention_step(
     counts: list[int], kv_lens: list[int], decode: int, block_size: int, inputs: int
@@ -178,6 +222,7 @@ def attention_step(
     steps = [
         AttentionMetadata(
             num_decode_rows=decode,
+            decode_rows=torch.tensor([decode], dtype=torch.int32),
             row_slots=torch.arange(rows, dtype=torch.int32),
             query_start=starts,
             kv_lens=torch.tensor(kv_lens, dtype=torch.int32),
@@ -268,14 +313,20 @@ def line(result: Result, flops: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["elementwise", "sample", "decode", "prefill"], help="one group of kernels")
+    parser.add_argument(
+        "--only", choices=["elementwise", "linear", "sample", "decode", "prefill"], help="one group of kernels"
+    )
     parser.add_argument("--bandwidth", type=float, default=4.28, help="memory bandwidth, TB/s")
     parser.add_argument("--rate", type=float, default=702, help="bf16 product rate, TFLOP/s")
     parser.add_argument("--json", type=Path, help="file to write the results to")
     args = parser.parse_args()
     groups = {
-        "elementwise": elementwise_cases, "sample": sample_cases, "decode": decode_cases, "prefill": prefill_cases,
-    }  # fmt: skip
+        "elementwise": elementwise_cases,
+        "linear": linear_cases,
+        "sample": sample_cases,
+        "decode": decode_cases,
+        "prefill": prefill_cases,
+    }
     torch.set_default_device("cuda")
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")

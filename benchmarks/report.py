@@ -44,6 +44,11 @@ class Distribution:
         )
 
 
+def cells(figures: Distribution | None) -> str:
+    """Cells of a table's row."""
+    return " | ".join(["-"] * 5 if figures is None else [f"{milliseconds:.2f}" for milliseconds in astuple(figures)])
+
+
 def percentile(ordered: Sequence[float], percent: float) -> float:
     """The linearly interpolated percentile of ascending values, as NumPy's default."""
     rank = (len(ordered) - 1) * percent / 100
@@ -54,7 +59,11 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """Figures of one run. The duration is from the first request sent to the last token received."""
+    """Figures of one run. The duration is from the first request sent to the last token received.
+
+    `inter_token` has a value a token after the first, `event_gap` one each time that something came: see
+    `RequestResult.token_gaps` and `event_gaps`.
+    """
 
     workload: str
     requests: int
@@ -64,6 +73,7 @@ class RunReport:
     duration_s: float
     ttft: Distribution | None
     inter_token: Distribution | None
+    event_gap: Distribution | None
     per_output_token: Distribution | None
     e2e: Distribution | None
 
@@ -83,7 +93,8 @@ class RunReport:
             output_tokens=sum(result.output_len for result in good),
             duration_s=end - start,
             ttft=Distribution.of([result.ttft for result in good]),
-            inter_token=Distribution.of([gap for result in good for gap in result.gaps]),
+            inter_token=Distribution.of([gap for result in good for gap in result.token_gaps()]),
+            event_gap=Distribution.of([gap for result in good for gap in result.event_gaps()]),
             per_output_token=Distribution.of(
                 [result.per_output_token for result in good if result.per_output_token is not None]
             ),
@@ -97,6 +108,10 @@ class RunReport:
     @property
     def input_rate(self) -> float:
         return self.input_tokens / self.duration_s
+
+    def saved(self, results: list[RequestResult]) -> dict[str, Any]:
+        """For `save_json`: the figures, and each request's times."""
+        return {**asdict(self), "output_rate": self.output_rate, "requests": [asdict(result) for result in results]}
 
     def table(self) -> str:
         lines = [
@@ -117,22 +132,18 @@ class RunReport:
         for label, figures in (
             ("time to first token", self.ttft),
             ("inter-token latency", self.inter_token),
+            *([("time between events", self.event_gap)] if self.event_gap != self.inter_token else []),
             ("time per output token", self.per_output_token),
             ("end to end", self.e2e),
         ):
-            cells = ["-"] * 5 if figures is None else [f"{milliseconds:.2f}" for milliseconds in astuple(figures)]
-            lines.append(f"| {label} | {' | '.join(cells)} |")
+            lines.append(f"| {label} | {cells(figures)} |")
         return "\n".join(lines)
 
 
 def save_json(
-    path: Path,
-    workload: Workload,
-    reports: list[RunReport],
-    runs: list[list[RequestResult]],
-    target: Mapping[str, str | int],
+    path: Path, workload: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], target: Mapping[str, str | int]
 ) -> None:
-    """Everything: figures and each request's times of every run, and where it was measured."""
+    """Writes what was run, the figures and times of every run, and where it was measured."""
     data: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv[1:],
@@ -143,17 +154,8 @@ def save_json(
             "python": platform.python_version(),
             **_versions(),
         },
-        "workload": {
-            "name": workload.name,
-            "temperature": workload.temperature,
-            "request_rate": workload.request_rate,
-            "concurrency": workload.concurrency,
-            "seed": workload.seed,
-        },
-        "runs": [
-            {**asdict(report), "output_rate": report.output_rate, "requests": [asdict(result) for result in results]}
-            for report, results in zip(reports, runs, strict=True)
-        ],
+        "workload": dict(workload),
+        "runs": list(runs),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data))

@@ -6,10 +6,12 @@ Times are taken in this process: a request's clock starts when it is sent, the r
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import math
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -53,14 +55,24 @@ class RequestResult:
             return None
         return (self.token_times[-1] - self.token_times[0]) / (self.output_len - 1)
 
-    @property
-    def gaps(self) -> list[float]:
-        """Inter-token latencies: how long its reader waited for the next tokens.
+    def token_gaps(self, start: float = -math.inf, end: float = math.inf) -> list[float]:
+        """Inter-token latencies: the time from each token to the next, of tokens that came from `start` to `end`.
 
-        Tokens that came together count once. Counted as gaps of zero, they would flatter whoever holds tokens back.
+        Of tokens that came together the first has all of the time that its reader waited, and the others none.
         """
-        arrivals = list(dict.fromkeys(self.token_times))
-        return [later - earlier for earlier, later in itertools.pairwise(arrivals)]
+        return _gaps(self.token_times, start, end)
+
+    def event_gaps(self, start: float = -math.inf, end: float = math.inf) -> list[float]:
+        """How long the reader waited each time: tokens that came together count once.
+
+        The same as `token_gaps` where tokens come one by one. Where they do not, the zeros there flatter the median
+        of whoever holds tokens back, and these do not.
+        """
+        return _gaps(dict.fromkeys(self.token_times), start, end)
+
+
+def _gaps(times: Iterable[float], start: float, end: float) -> list[float]:
+    return [later - earlier for earlier, later in itertools.pairwise(times) if earlier >= start and later <= end]
 
 
 class Transport(Protocol):
@@ -74,11 +86,32 @@ class Transport(Protocol):
         """The engine's vocabulary, or None where it does not say."""
         ...
 
+    async def max_model_len(self) -> int | None:
+        """The longest sequence, prompt and answer, or None where the engine does not say."""
+        ...
+
     async def send(self, request: BenchmarkRequest, temperature: float, result: RequestResult) -> None:
-        """Runs one request to its end, filling `result`. Raises nothing but cancellation: errors are noted in it."""
+        """Runs one request to its end, filling `result` as tokens come, and `output_len` at the end.
+
+        Raises nothing but cancellation: errors are noted in the result.
+        """
         ...
 
     async def close(self) -> None: ...
+
+
+def start_request(
+    transport: Transport, request: BenchmarkRequest, temperature: float
+) -> tuple[RequestResult, asyncio.Task[None]]:
+    """Sends a request; the task ends with it."""
+    result = RequestResult(len(request.prompt_token_ids), request.output_len, time.perf_counter())
+    return result, asyncio.create_task(transport.send(request, temperature, result))
+
+
+def settle() -> None:
+    """Takes what exists now out of the garbage collector's sight: to look at all of it is a pause of the client."""
+    gc.collect()
+    gc.freeze()
 
 
 async def run_workload(transport: Transport, workload: Workload, show_progress: bool = True) -> list[RequestResult]:
@@ -115,6 +148,19 @@ async def _arrivals(workload: Workload) -> AsyncIterator[BenchmarkRequest]:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             due += chooser.expovariate(workload.request_rate)
         yield request
+
+
+class RequestsFailedError(Exception):
+    """A run is not to be counted. The message says what went wrong with the first of its requests."""
+
+
+def require_whole(results: list[RequestResult]) -> None:
+    """Raises RequestsFailedError unless every request returned the tokens asked for."""
+    wrong = problems(results)
+    if wrong:
+        raise RequestsFailedError(
+            "\n".join([*wrong[:10], f"error: {len(wrong)} of {len(results)} requests went wrong"])
+        )
 
 
 def problems(results: list[RequestResult]) -> list[str]:

@@ -9,6 +9,8 @@
 | prefill | 64 at once | 2048 | 1 | greedy |
 | longctx | 32 at once | 8192 | 256 | greedy |
 
+What these measure is throughput; `benchmarks.online` has the workloads of a server in use.
+
 `nano` is the published benchmark of nano-vllm and mini-sglang, with their random seed. `ignore_eos` is always on, so
 that every request returns exactly the tokens asked for.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 # Ids up to here are text in every Qwen3 tokenizer; a smaller vocabulary bounds them further.
 MAX_TOKEN_ID = 10_000
@@ -50,6 +53,16 @@ class Workload:
     @property
     def output_tokens(self) -> int:
         return sum(request.output_len for request in self.requests)
+
+    def saved(self) -> dict[str, Any]:
+        """What the saved figures say of it."""
+        return {
+            "name": self.name,
+            "temperature": self.temperature,
+            "request_rate": self.request_rate,
+            "concurrency": self.concurrency,
+            "seed": self.seed,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +118,12 @@ def random_requests(
 ) -> list[BenchmarkRequest]:
     """Requests of random lengths; the first `shared_prefix` ids are the same in all and come on top of `input_len`."""
     chooser = random.Random(seed)
-    ids = range(min(MAX_TOKEN_ID + 1, vocab_size))
-    prefix = chooser.choices(ids, k=shared_prefix)
+    prefix = random_ids(chooser, shared_prefix, vocab_size)
     return [
-        BenchmarkRequest(prefix + chooser.choices(ids, k=input_len.draw(chooser)), output_len.draw(chooser))
+        BenchmarkRequest(prefix + random_ids(chooser, input_len.draw(chooser), vocab_size), output_len.draw(chooser))
         for _ in range(count)
     ]
+
+
+def random_ids(chooser: random.Random, count: int, vocab_size: int) -> list[int]:
+    return chooser.choices(range(min(MAX_TOKEN_ID + 1, vocab_size)), k=count)

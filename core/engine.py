@@ -11,11 +11,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import time
 
 import zmq
 
 from core.frontends import Frontends
 from core.scheduler import Scheduler, SchedulerConfig
+from core.step_time import RelativeCosts, StepClock, StepTimeModel
 from protocol.config import EngineConfig
 from protocol.errors import EngineError
 from protocol.messages import (
@@ -54,6 +56,7 @@ class EngineCore:
         self._poller.register(self._stop_reader, zmq.POLLIN)
         self._poller.register(self._worker.socket, zmq.POLLIN)
         self._config = config
+        self._clock = StepClock()
 
     def run(self, child: ChildProcess) -> None:
         """Waits for the worker, then serves until SIGTERM.
@@ -63,7 +66,9 @@ class EngineCore:
         """
         ready = self._wait_for_worker()
         if ready is not None:
-            self._scheduler = Scheduler(scheduler_config(self._config, ready), ready.epoch)
+            self._scheduler = Scheduler(
+                scheduler_config(self._config, ready), ready.epoch, step_time_model(self._config)
+            )
             self._frontends = Frontends(self._frontend_socket, self._scheduler, engine_info(self._config, ready))
             self._poller.register(self._frontend_socket, zmq.POLLIN)
             child.ready(num_blocks=ready.num_blocks - 1, max_model_len=ready.max_model_len)
@@ -100,7 +105,7 @@ class EngineCore:
             message = received[1]
             self._raise_if_failed(message)
             if isinstance(message, StepResult) and message.epoch == self._scheduler.epoch:
-                effects.append(self._scheduler.apply(message))
+                effects.append(self._scheduler.apply(message, self._clock.answered(time.perf_counter())))
                 self._send_steps()
         self._send_steps()
         for effect in effects:
@@ -113,6 +118,7 @@ class EngineCore:
                 return
             if not self._worker.send(step):
                 raise EngineError("the worker no longer takes steps")
+            self._clock.sent(time.perf_counter())
 
     def _raise_if_failed(self, message: object) -> None:
         if isinstance(message, WorkerFailed):
@@ -131,6 +137,13 @@ def scheduler_config(config: EngineConfig, ready: WorkerReady) -> SchedulerConfi
         enable_prefix_caching=config.options.enable_prefix_caching,
         eos_token_ids=config.model_config.eos_token_ids,
     )
+
+
+def step_time_model(config: EngineConfig) -> StepTimeModel | None:
+    """What bounds prefill while streams run, or None if nothing does."""
+    if not config.options.max_step_ms:
+        return None
+    return StepTimeModel(config.options.max_step_ms / 1000, RelativeCosts.of(config.model_config))
 
 
 def engine_info(config: EngineConfig, ready: WorkerReady) -> EngineInfo:

@@ -1,8 +1,8 @@
 """Decides what each step computes: continuous batching with chunked prefill under a token budget.
 
 Read `schedule` first: decodes go first, then running prefills, then admissions. `apply` takes a step's tokens back.
-The scheduler owns requests, slots, blocks and the prefix cache; it knows nothing of sockets, text or tensors. It may be
-asked for step N+1 before step N's tokens are applied: lengths are known in advance, tokens are not needed.
+The scheduler owns requests, slots, blocks and the prefix cache; it knows nothing of sockets, text, tensors or clocks.
+It may be asked for step N+1 before step N's tokens are applied: lengths are known in advance, tokens are not needed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from core.prefix_cache import PrefixCache, extend_digests
 from core.request import Phase, Request
 from core.results import StepEffects
 from core.slots import SlotTable
+from core.step_time import PrefillBudget, StepTimeModel, StepWork
 from protocol.messages import AddRequest, AdmittedSlot, FinishReason, Stats, Step, StepResult, pack_ints, unpack_ints
 
 
@@ -41,6 +42,7 @@ class StepInFlight:
     step_id: int
     slots: np.ndarray
     generations: np.ndarray
+    work: StepWork
     detached: dict[int, Request] = field(default_factory=dict)  # rows of requests preempted since
 
 
@@ -52,11 +54,15 @@ class PrefillChunks:
 
 
 class Scheduler:
-    """The policy. One total order, (priority, arrival), decides who goes first and who is preempted last."""
+    """The policy. One total order, (priority, arrival), decides who goes first and who is preempted last.
 
-    def __init__(self, config: SchedulerConfig, epoch: int = 0) -> None:
+    With a `step_time` model, prefill beside decodes is bounded by the time that it predicts.
+    """
+
+    def __init__(self, config: SchedulerConfig, epoch: int = 0, step_time: StepTimeModel | None = None) -> None:
         self.config = config
         self.epoch = epoch
+        self.step_time = step_time
         self.table = SlotTable(config.max_num_seqs, config.max_model_len, config.block_size)
         self.cache = PrefixCache()
         self.pool = BlockPool(config.num_blocks, on_reuse=self.cache.forget)
@@ -134,9 +140,10 @@ class Scheduler:
         self._preempt_until_decodes_fit()
         block_slots, block_positions, block_ids = self._extend_decodes()
         decode_slots = self._take_decodes()
-        budget = self.config.max_num_batched_tokens - len(decode_slots)
+        context = int(self.table.num_computed[decode_slots].sum())
+        budget = self._prefill_budget(len(decode_slots), context)
         chunks = PrefillChunks()
-        budget = self._continue_prefills(budget, chunks)
+        self._continue_prefills(budget, chunks)
         admitted = self._admit(budget, chunks)
         if not len(decode_slots) and not chunks.slots:
             return None
@@ -157,11 +164,12 @@ class Scheduler:
         if any(chunks.samples):
             sampling = [slot for slot, samples in zip(chunks.slots, chunks.samples, strict=True) if samples]
             rows = np.concatenate([decode_slots, np.array(sampling, np.int64)])
-        self._in_flight.append(StepInFlight(step.step_id, rows, self.table.generation[rows]))
+        work = StepWork(context, budget.num_tokens, budget.num_pairs)
+        self._in_flight.append(StepInFlight(step.step_id, rows, self.table.generation[rows], work))
         self._sent_decode_slots = decode_slots
         self._released_slots = []
         self._num_steps += 1
-        self._counts["computed_tokens"] += len(decode_slots) + sum(chunks.lens)
+        self._counts["computed_tokens"] += len(decode_slots) + budget.num_tokens
         return step
 
     def _decoding_slots(self) -> np.ndarray:
@@ -204,20 +212,29 @@ class Scheduler:
             self._set_phase(table.requests[slot], Phase.DRAINING)
         return slots
 
-    def _continue_prefills(self, budget: int, chunks: PrefillChunks) -> int:
-        """Requests whose prompt was cut off by an earlier step's budget."""
-        for request in self._prefilling.copy():
-            if budget == 0:
-                break
-            budget = self._prefill(request, budget, chunks)
-        return budget
+    def _prefill_budget(self, num_decodes: int, context: int) -> PrefillBudget:
+        """Prefill takes the tokens that decodes leave, and while any decode, no longer than they should wait."""
+        tokens = self.config.max_num_batched_tokens - num_decodes
+        if self.step_time is None or not num_decodes:
+            return PrefillBudget(tokens, self.config.block_size)
+        return self.step_time.prefill_budget(tokens, self.config.block_size, context)
 
-    def _admit(self, budget: int, chunks: PrefillChunks) -> list[AdmittedSlot]:
+    def _continue_prefills(self, budget: PrefillBudget, chunks: PrefillChunks) -> None:
+        """Requests whose prompt was cut off by an earlier step's budget."""
+        table = self.table
+        for request in self._prefilling.copy():
+            start = int(table.num_computed[request.slot])
+            length = budget.take(start, int(table.num_known[request.slot]) - start)
+            if not length:
+                break
+            self._prefill(request, length, chunks)
+
+    def _admit(self, budget: PrefillBudget, chunks: PrefillChunks) -> list[AdmittedSlot]:
         """Takes waiting requests in order, while there are slots, blocks and budget."""
         admitted: list[AdmittedSlot] = []
         # Each decoding request may need a block soon; taking the last ones now would mean preempting at once.
         reserve = len(self._decoding_slots())
-        while budget > 0 and self._waiting and self.table.num_free:
+        while not budget.is_spent and self._waiting and self.table.num_free:
             request = self._waiting[0][2]
             if request.phase is Phase.FINISHED:
                 heapq.heappop(self._waiting)
@@ -231,11 +248,15 @@ class Scheduler:
             num_revived = sum(map(self.pool.is_free, cached))
             if num_blocks - len(cached) + num_revived + reserve > self.pool.num_free:
                 break
+            start = len(cached) * self.config.block_size
+            length = budget.take(start, len(request.token_ids) - start)
+            if not length:
+                break
             heapq.heappop(self._waiting)
             self.pool.share(cached)
             request.block_ids = cached + self.pool.allocate(num_blocks - len(cached))
             admitted.append(self._start(request, len(cached)))
-            budget = self._prefill(request, budget, chunks)
+            self._prefill(request, length, chunks)
         return admitted
 
     def _find_cached_blocks(self, request: Request) -> list[int]:
@@ -268,23 +289,22 @@ class Scheduler:
             temperature=0.0 if params.is_greedy else params.temperature,
             top_k=max(params.top_k, 0),
             top_p=params.top_p,
+            min_p=params.min_p,
             seed=request.seed,
         )
 
-    def _prefill(self, request: Request, budget: int, chunks: PrefillChunks) -> int:
-        """Adds the request's next chunk to the step; returns what is left of the budget."""
+    def _prefill(self, request: Request, length: int, chunks: PrefillChunks) -> None:
+        """Adds the request's next chunk to the step."""
         table, slot = self.table, request.slot
-        start, known = int(table.num_computed[slot]), int(table.num_known[slot])
-        length = min(budget, known - start)
-        samples = start + length == known
-        table.num_computed[slot] = start + length
+        known = int(table.num_known[slot])
+        table.num_computed[slot] += length
+        samples = int(table.num_computed[slot]) == known
         chunks.slots.append(slot)
         chunks.lens.append(length)
         chunks.samples.append(samples)
         self._register_blocks(slot)
         if samples:
             self._set_phase(request, Phase.DECODING if known + 1 < request.total_limit else Phase.DRAINING)
-        return budget - length
 
     def _preempt(self, request: Request) -> None:
         """Takes slot and blocks away; the request is recomputed later, mostly from the prefix cache.
@@ -302,13 +322,16 @@ class Scheduler:
 
     # --- a step's tokens back -------------------------------------------------------------------------------------
 
-    def apply(self, result: StepResult) -> StepEffects:
+    def apply(self, result: StepResult, seconds: float | None = None) -> StepEffects:
         """Takes the tokens of the oldest step in flight: extends requests, ends those that are done.
 
         Rows whose request has left its slot are dropped (it ended in an earlier step), or, if it was preempted, kept.
+        `seconds` is how long the step took, where that was measured.
         """
         step = self._in_flight.popleft()
         assert step.step_id == result.step_id, f"result of step {result.step_id}, expected {step.step_id}"
+        if self.step_time is not None and seconds is not None:
+            self.step_time.observe(step.work, seconds)
         tokens = unpack_ints(result.token_ids)
         effects = StepEffects()
         live = self.table.generation[step.slots] == step.generations

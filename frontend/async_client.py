@@ -200,7 +200,7 @@ class AsyncClient:
             if request is not None:
                 request.token_ids.append(token)
                 request.metrics.token_times.append(now)
-                if request.waiter is not None:
+                if request.waiter is not None and not request.waits_for_end:
                     touched[request_id] = request
         for request_id, text in outputs.texts:
             request = requests.get(request_id)
@@ -326,10 +326,20 @@ class AsyncClient:
             self._abort([request.request_id])
 
     async def run_request(
-        self, prompt: PromptInput, sampling_params: SamplingParams, *, stream: bool = True
+        self,
+        prompt: PromptInput,
+        sampling_params: SamplingParams,
+        *,
+        stream: bool = True,
+        token_times: list[float] | None = None,
     ) -> RequestOutput:
-        """One request whose tokens are noted, with their times, as they arrive, without waking the caller for each."""
+        """One request whose tokens are noted, with their times, as they arrive, without waking the caller for each.
+
+        `token_times` is where the times go, for a caller who looks at them while the request runs.
+        """
         request = self._submit(as_prompt(prompt), sampling_params, stream, {})
+        if token_times is not None:
+            request.metrics.token_times = token_times
         return await self._finish(request)
 
     async def stats(self) -> Stats:
@@ -343,6 +353,7 @@ class AsyncClient:
         return await query
 
     async def _finish(self, request: ClientRequest) -> RequestOutput:
+        request.waits_for_end = True
         try:
             while not request.is_over:
                 await request.wait()

@@ -33,6 +33,7 @@ class ClientRequest:
         "text_parts",
         "token_ids",
         "waiter",
+        "waits_for_end",
     )
 
     def __init__(self, request_id: int, prompt: Prompt, prompt_token_ids: list[int], arrival_time: float) -> None:
@@ -47,6 +48,7 @@ class ClientRequest:
         self.siblings: Sequence[ClientRequest] = ()  # the requests of the same call, which fails with the first of them
         self.taken = 0  # tokens that a stream has handed out
         self.waiter: asyncio.Future[None] | None = None
+        self.waits_for_end = False  # whoever waits need not be woken for tokens
 
     @property
     def is_over(self) -> bool:

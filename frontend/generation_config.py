@@ -18,7 +18,7 @@ from protocol.sampling import SamplingParams
 logger = logging.getLogger(__name__)
 
 # Values that would change the answers and that this engine cannot apply, with what they are when they do nothing.
-_NOT_APPLIED = {"repetition_penalty": 1.0, "min_p": 0.0}
+_NOT_APPLIED = {"repetition_penalty": 1.0}
 
 
 class SamplingDefaults(Struct, frozen=True):
@@ -27,6 +27,7 @@ class SamplingDefaults(Struct, frozen=True):
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
 
 
 def load_sampling_defaults(model_path: Path) -> SamplingDefaults:

@@ -34,6 +34,7 @@ class _RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -89,7 +90,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "logit_bias": ({},),
     "logits_processors": ([],),
-    "min_p": (0,),
     "min_tokens": (0,),
     "n": (1,),
     "presence_penalty": (0,),
@@ -216,6 +216,7 @@ def sampling_params(
             temperature=given(request.temperature, defaults.temperature),
             top_p=given(request.top_p, defaults.top_p),
             top_k=given(request.top_k, defaults.top_k),
+            min_p=given(request.min_p, defaults.min_p),
             seed=request.seed,
             max_tokens=max_tokens,
             stop=given(request.stop, ()),

@@ -6,6 +6,7 @@ engine on the same address is told so.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
@@ -81,6 +82,16 @@ def is_engine_running(address: str) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def engine_pid(address: str) -> int | None:
+    """The process that owns the address, an engine's launcher, or None if no engine is running there."""
+    if not is_engine_running(address):
+        return None
+    # Written right after the lock was taken: an owner that has only just taken it is not there yet.
+    with contextlib.suppress(OSError, ValueError):
+        return int(socket_path(address).with_suffix(".lock").read_text())
+    return None
 
 
 class AddressLock:

@@ -281,6 +281,7 @@ class AdmittedSlot(Struct, array_like=True, frozen=True, gc=False):
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
     seed: int
 
     def __post_init__(self) -> None:

@@ -26,6 +26,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True)
         temperature: softmax temperature, 0 to 100; 0 (and anything below 1e-5) takes the most likely token.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        min_p: keep the tokens that are at least this likely relative to the most likely one, 0 to 1; 0 keeps all.
+            Comes before top_k, and top_k before top_p: each filters what the one before has left.
         seed: makes the draw reproducible, a signed 64-bit integer; None draws a seed on arrival.
         max_tokens: most tokens to generate, at least 1; None means up to the context length.
         stop: strings that end the answer; they are not part of it.
@@ -41,6 +43,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True)
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     max_tokens: int | None = 16
     stop: tuple[str, ...] = ()
@@ -53,7 +56,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True)
         # A user may pass a list, or one string: accept what vLLM accepts, store one form.
         msgspec.structs.force_setattr(self, "stop", _as_tuple(self.stop, "stop", str))
         msgspec.structs.force_setattr(self, "stop_token_ids", _as_tuple(self.stop_token_ids, "stop_token_ids", int))
-        for name in ("temperature", "top_p"):
+        for name in ("temperature", "top_p", "min_p"):
             _require_number(name, getattr(self, name))
         for name in ("ignore_eos", "detokenize", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
@@ -63,6 +66,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True)
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequestError.out_of_range("top_p", self.top_p, "above 0 and at most 1")
         _require_int("top_k", self.top_k, -1, _INT32_MAX, "-1 or 0 (all tokens) or a positive integer")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise InvalidRequestError.out_of_range("min_p", self.min_p, "between 0 and 1")
         if self.seed is not None:
             _require_int("seed", self.seed, -(2**63), 2**63 - 1, "a signed 64-bit integer")
         if self.max_tokens is not None:

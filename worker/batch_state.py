@@ -13,8 +13,8 @@ from protocol.messages import AdmittedSlot, Step, unpack_ints
 
 # Steps whose staging buffers may still be read by the device. More than are ever in flight.
 RING_SIZE = 4
-# Per admitted slot: slot, cached length, top_k, temperature, top_p, seed low and high.
-_SCALARS_PER_SLOT = 7
+# Per admitted slot: slot, cached length, top_k, temperature, top_p, min_p, seed low and high.
+_SCALARS_PER_SLOT = 8
 
 
 class StagingRing:
@@ -67,6 +67,7 @@ class BatchState:
         self.temperature = zeros(rows, dtype=torch.float32)
         self.top_k = zeros(rows)
         self.top_p = zeros(rows, dtype=torch.float32)
+        self.min_p = zeros(rows, dtype=torch.float32)
         self.seed = zeros(rows, dtype=torch.int64)
         # At most: every slot admitted with a full table, in one step.
         self._staging = StagingRing(num_slots * (_SCALARS_PER_SLOT + 2 * self.max_blocks), device)
@@ -74,7 +75,7 @@ class BatchState:
         self.known_tokens: list[np.ndarray] = [np.empty(0, np.int32)] * num_slots
         self.host_lens = np.zeros(num_slots, np.int64)
         self.host_temperature = np.zeros(num_slots, np.float32)
-        self.host_filters = np.zeros(num_slots, np.bool_)  # has a top-k or top-p
+        self.host_filters = np.zeros(num_slots, np.bool_)  # has a top-k, top-p or min-p
 
     def apply_changes(self, step: Step) -> None:
         """Takes what a step changes into the host's view and, if anything did, to the device in one copy."""
@@ -102,11 +103,12 @@ class BatchState:
         fields, indices, block_ids = on_device.split([len(part) for part in parts])
         self.block_table.view(-1)[indices] = block_ids
         if len(fields):
-            slots, seq_lens, top_k, temperature, top_p, seed_low, seed_high = fields.view(_SCALARS_PER_SLOT, -1)
+            slots, seq_lens, top_k, temperature, top_p, min_p, seed_low, seed_high = fields.view(_SCALARS_PER_SLOT, -1)
             self.seq_lens[slots] = seq_lens
             self.top_k[slots] = top_k
             self.temperature[slots] = temperature.view(torch.float32)
             self.top_p[slots] = top_p.view(torch.float32)
+            self.min_p[slots] = min_p.view(torch.float32)
             self.seed[slots] = torch.stack([seed_low, seed_high], dim=1).view(torch.int64).squeeze(1)
 
     def _admit(self, admitted: AdmittedSlot) -> np.ndarray:
@@ -114,8 +116,9 @@ class BatchState:
         self.known_tokens[slot] = unpack_ints(admitted.token_ids)
         self.host_lens[slot] = admitted.num_computed_tokens
         self.host_temperature[slot] = admitted.temperature
-        self.host_filters[slot] = admitted.temperature > 0 and (admitted.top_k > 0 or admitted.top_p < 1)
-        floats = np.array([admitted.temperature, admitted.top_p], np.float32).view(np.int32)
+        filters = admitted.top_k > 0 or admitted.top_p < 1 or admitted.min_p > 0
+        self.host_filters[slot] = admitted.temperature > 0 and filters
+        floats = np.array([admitted.temperature, admitted.top_p, admitted.min_p], np.float32).view(np.int32)
         seed = np.array([admitted.seed], np.int64).view(np.int32)
         integers = [slot, admitted.num_computed_tokens, admitted.top_k]
         return np.concatenate([np.array(integers, np.int32), floats, seed])

@@ -1,11 +1,16 @@
-"""CUDA graphs: the sizes that are captured, and capture and replay by key."""
+"""CUDA graphs: which sizes are captured, and capture and replay by key."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
+
+# Launching a forward pass kernel by kernel takes the host longer than it takes the GPU to run one of 4,000 tokens;
+# beyond twice that, launches hide behind the work and a step runs eagerly.
+_MOST_CAPTURED_TOKENS = 8192
 
 
 def batch_buckets(max_num_seqs: int) -> list[int]:
@@ -14,17 +19,27 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
     return sorted(size for size in sizes if size <= max_num_seqs)
 
 
-def bucket_for(buckets: list[int], rows: int) -> int:
-    """The smallest bucket that holds `rows`."""
-    return buckets[bisect_left(buckets, rows)]
+def token_buckets(max_num_batched_tokens: int) -> list[int]:
+    """Token counts that steps with prefill are padded to. Below a few hundred tokens the weights decide the time, so
+    that padding is nearly free there."""
+    most = min(max_num_batched_tokens, _MOST_CAPTURED_TOKENS)
+    sizes = {16, 32, *range(64, 385, 64), *range(512, 1025, 128), *range(1536, most + 1, 512), most}
+    return sorted(size for size in sizes if size <= most)
+
+
+def bucket_for(buckets: list[int], size: int) -> int | None:
+    """The smallest bucket that holds `size`; None if none does."""
+    index = bisect_left(buckets, size)
+    return buckets[index] if index < len(buckets) else None
 
 
 class GraphCache:
     """Captured graphs by key. They share one memory pool: steps run one after another, on one stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, like: GraphCache | None = None) -> None:
+        """An empty cache, which shares the memory of `like` if given."""
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = torch.cuda.graph_pool_handle() if like is None else like._pool
 
     def __len__(self) -> int:
         return len(self._graphs)

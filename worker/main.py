@@ -28,7 +28,6 @@ from protocol.messages import (
 )
 from protocol.process import ChildProcess, run_child
 from protocol.transport import UNLIMITED, Channel, open_socket
-from worker.graphs import batch_buckets
 from worker.kernels import select
 from worker.kv_cache import allocate_kv_cache, bounded_model_len, num_blocks_on_cpu, num_blocks_on_gpu
 from worker.models import Qwen3, create_model
@@ -86,19 +85,18 @@ def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tupl
         runner = StepRunner(config, model, select(device), device, dtype)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"--attention-backend {config.attention_backend}: {error}") from error
-    on_gpu = device.type == "cuda"
-    use_graphs = on_gpu and not config.options.enforce_eager and config.attention_backend != "torch"
-    if on_gpu:
+    use_graphs = device.type == "cuda" and not config.options.enforce_eager and config.attention_backend != "torch"
+    if device.type == "cuda":
         num_blocks = num_blocks_on_gpu(config, dtype, _peak_bytes(config, runner, device, dtype, use_graphs))
     else:
         num_blocks = num_blocks_on_cpu(config, dtype)
     max_model_len = bounded_model_len(config, num_blocks)
-    runner.set_kv_cache(allocate_kv_cache(config, num_blocks, device, dtype))
+    runner.program.set_kv_cache(allocate_kv_cache(config, num_blocks, device, dtype))
     runner.run_small_steps()
     if use_graphs:
 
         def progress(done: int, total: int) -> None:
-            if child is not None:
+            if child is not None and (done % 8 == 0 or done == total):
                 child.progress("CUDA graphs", done, total)
 
         runner.use_graphs(runner.capture_graphs(progress))
@@ -110,26 +108,27 @@ def _peak_bytes(
 ) -> int:
     """Most device memory in use while the largest steps run, and what the graphs will add to it.
 
-    Measured with a cache of a few blocks: null rows read only the null block. One bucket's graphs are captured on
-    trial; the others share its memory pool but cost the driver as much again for their nodes.
+    Measured with a cache of a few blocks: null rows read only the null block. The largest graph of each kind is
+    captured on trial, twice. The first time shows their buffers, which the smaller graphs will share; the second what
+    the driver keeps for a graph's nodes, which each graph will cost again.
     """
-    runner.set_kv_cache(allocate_kv_cache(config, 2, device, dtype))
+    runner.program.set_kv_cache(allocate_kv_cache(config, 2, device, dtype))
     runner.run_largest_steps()
+    used = _used_bytes()
+    if not use_graphs:
+        return used
+    first = runner.capture_graphs(only_largest=True)
+    with_buffers = _used_bytes()
+    second = runner.capture_graphs(only_largest=True, like=first)
+    nodes = max(0, _used_bytes() - with_buffers) // len(second)
+    assert len(first) == len(second)
+    return with_buffers + nodes * runner.num_graphs
+
+
+def _used_bytes() -> int:
     torch.cuda.synchronize()
-    free_before = torch.cuda.mem_get_info()[0]
-    total = torch.cuda.mem_get_info()[1]
-    if use_graphs:
-        graphs = runner.capture_graphs(lambda done, total: None, only_largest=True)
-        torch.cuda.synchronize()
-        trial = free_before - torch.cuda.mem_get_info()[0]
-        del graphs
-        return total - free_before + trial + _graph_overhead_bytes(config)
-    return total - free_before
-
-
-def _graph_overhead_bytes(config: EngineConfig) -> int:
-    """What the driver keeps for a captured graph's nodes, for all buckets: 64 KiB a layer covers what was measured."""
-    return len(batch_buckets(config.options.max_num_seqs)) * config.model_config.num_layers * 64 * 1024
+    free, total = torch.cuda.mem_get_info()
+    return total - free
 
 
 def make_profiler(config: EngineConfig) -> StepProfiler | None:

@@ -1,29 +1,31 @@
-"""Runs steps: takes what changed to the device, runs the forward pass, draws tokens, and brings them back.
+"""Runs steps: takes what changed to the device, launches the step's programs, and brings the tokens back.
 
-`execute` launches a step and returns at once; the tokens are read later, when the device has them. A step is two
-device programs with fixed buffers between them: *forward* (rows and tokens to last hidden states) and *head* (output
-head and sampler). On a GPU both are padded to bucket sizes, captured as CUDA graphs where that pays, and run eagerly
-by the same functions where it does not.
+`execute` launches a step and returns at once; the tokens are read later, when the device has them. On a GPU a step is
+padded to a size whose graph was captured: one graph for a decode step; for a step with prefill one for the forward
+pass and one for the head; larger ones run eagerly, where launches hide behind the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from protocol.config import EngineConfig
 from protocol.messages import Step, unpack_ints
-from worker.attention import AttentionMetadata, create_backend
-from worker.batch_state import RING_SIZE, BatchState, StagingRing
-from worker.graphs import GraphCache, batch_buckets, bucket_for
+from worker.batch_state import RING_SIZE, BatchState
+from worker.graphs import GraphCache, batch_buckets, bucket_for, token_buckets
 from worker.kernels import Ops
 from worker.models import Qwen3
-from worker.sampler import SamplingVariant, sample_tokens
+from worker.sampler import SamplingVariant
+from worker.step_inputs import StepInputs, StepRows, pad
+from worker.step_program import ForwardShape, StepProgram
 
 CaptureProgress = Callable[[int, int], None]
+Capture = tuple[Hashable, Callable[[], None]]
 
 
 @dataclass(slots=True)
@@ -45,94 +47,26 @@ class PendingTokens:
         return self.buffer.numpy().tobytes()
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardShape:
-    """All that the host must know to launch a forward pass; equal shapes may share a graph."""
-
-    num_decode_rows: int
-    num_rows: int
-    num_tokens: int
-    num_sampling_rows: int
-    max_query_len: int
-    max_kv_len: int
-
-
-class StepInputs:
-    """The device buffers that a step reads, filled by one copy.
-
-    Row arrays come first, at fixed places, then the tokens of prefill chunks, so that a copy ends where the step's
-    tokens end. A step equal to the last one in all of these copies nothing.
-    """
-
-    def __init__(self, max_rows: int, max_tokens: int, device: torch.device) -> None:
-        self._rows = max_rows
-        self._ring = StagingRing(4 * max_rows + 1 + max_tokens, device)
-        buffer = self._ring.device_buffer
-        self.row_slots, self.sample_slots, self.sample_tokens = (
-            buffer[i * max_rows : (i + 1) * max_rows] for i in range(3)
-        )
-        self.query_start = buffer[3 * max_rows : 4 * max_rows + 1]
-        self.token_ids = buffer[4 * max_rows + 1 :]
-
-    def send(
-        self, row_slots: np.ndarray, sample_slots: np.ndarray, sample_tokens: np.ndarray, query_start: np.ndarray,
-        num_decode_tokens: int, prefill_tokens: list[np.ndarray],
-    ) -> None:  # fmt: skip
-        """Fills the buffers. The ids of the first `num_decode_tokens` tokens are the device's to write."""
-        host, rows = self._ring.next_host_buffer(), self._rows
-        host[: len(row_slots)] = row_slots
-        host[rows : rows + len(sample_slots)] = sample_slots
-        host[2 * rows : 2 * rows + len(sample_tokens)] = sample_tokens
-        host[3 * rows : 3 * rows + len(query_start)] = query_start
-        end = start = 4 * rows + 1 + num_decode_tokens
-        for tokens in prefill_tokens:
-            host[end : end + len(tokens)] = tokens
-            end += len(tokens)
-        self._ring.send(0, end if prefill_tokens else start)
-
-
 class StepRunner:
     """Owns the batch's state on the device and executes steps in the order given."""
 
     def __init__(self, config: EngineConfig, model: Qwen3, ops: Ops, device: torch.device, dtype: torch.dtype) -> None:
-        self._config = config
-        self._model = model
-        self._ops = ops
-        self._device = device
-        self._dtype = dtype
         self._on_gpu = device.type == "cuda"
         max_rows, max_tokens = config.options.max_num_seqs, config.options.max_num_batched_tokens
         self._max_tokens = max_tokens
-        self._buckets = batch_buckets(max_rows)
+        self._max_model_len = config.max_model_len
+        self._row_buckets = batch_buckets(max_rows)
+        # The other backends need the number of decode rows on the host, so their steps with prefill run eagerly.
+        self._token_buckets = token_buckets(max_tokens) if config.attention_backend == "triton" else []
         self.state = BatchState(max_rows, config.max_model_len, config.block_size, device)
         self._inputs = StepInputs(max_rows, max_tokens, device)
-        self._positions = torch.zeros(max_tokens, dtype=torch.int32, device=device)
-        self._cache_slots = torch.zeros(max_tokens, dtype=torch.int64, device=device)
-        self._kv_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._head_input = torch.zeros((max_rows, config.model_config.hidden_size), dtype=dtype, device=device)
-        self._tokens = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._attention = create_backend(
-            config.attention_backend,
-            num_heads=config.model_config.num_heads,
-            num_kv_heads=config.model_config.num_kv_heads,
-            head_dim=config.model_config.head_dim,
-            block_size=config.block_size,
-            max_rows=max_rows,
-            max_blocks_per_row=self.state.max_blocks,
-            device=device,
-            dtype=dtype,
-        )
+        self.program = StepProgram(config, model, ops, self.state, self._inputs, device, dtype)
         self._results = [torch.zeros(max_rows, dtype=torch.int32, pin_memory=self._on_gpu) for _ in range(RING_SIZE)]
         self._copied = [torch.cuda.Event() if self._on_gpu else None for _ in range(RING_SIZE)]
         self._turn = 0
         self._decode_slots = np.empty(0, np.int32)
-        self._sent_shape: ForwardShape | None = None
-        self._kv_cache = torch.empty(0, device=device)
+        self._sent_decode_rows: int | None = None  # rows of the decode step whose inputs are on the device
         self._graphs: GraphCache | None = None
-
-    def set_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]. Graphs captured before hold the old one."""
-        self._kv_cache = kv_cache
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
@@ -140,34 +74,33 @@ class StepRunner:
     def execute(self, step: Step) -> PendingTokens:
         """Launches a step. Its tokens come back as one int32 for each row that samples, in row order."""
         self.state.apply_changes(step)
-        shape, sampling_slots = self._send_inputs(step)
-        self._forward(shape)
-        num_sampled = len(sampling_slots)
-        if num_sampled:
-            self._head(shape.num_sampling_rows, self._variant(sampling_slots))
-        return self._send_back(step, num_sampled)
-
-    def _send_inputs(self, step: Step) -> tuple[ForwardShape, np.ndarray]:
-        """Plans the step's rows and brings them to the device, unless they are what is there already."""
-        state = self.state
-        unchanged = step.decode_slots is None and not step.prefill_slots
+        decode_changed = step.decode_slots is not None
         if step.decode_slots is not None:
             self._decode_slots = unpack_ints(step.decode_slots)
-        decode = self._decode_slots
-        state.host_lens[decode] += 1
-        if not step.prefill_slots:
-            rows = self._padded(len(decode))
-            shape = self._decode_shape(rows)
-            if not (unchanged and self._sent_shape == shape):
-                slots = self._pad(decode, rows, state.null_slot)
-                counting = np.arange(rows + 1, dtype=np.int32)
-                self._inputs.send(slots, slots, counting[:-1], counting, rows, [])
-            self._sent_shape = shape
-            return shape, decode
-        return self._send_mixed_inputs(step, decode)
+        if step.prefill_slots:
+            num_sampled = self._execute_mixed(step)
+        else:
+            num_sampled = self._execute_decode(decode_changed)
+        return self._send_back(step, num_sampled)
 
-    def _send_mixed_inputs(self, step: Step, decode: np.ndarray) -> tuple[ForwardShape, np.ndarray]:
-        state = self.state
+    def _execute_decode(self, changed: bool) -> int:
+        """A step of decode rows alone. One equal to the last step copies nothing to the device."""
+        slots = self._decode_slots
+        self.state.host_lens[slots] += 1
+        rows = self._padded_rows(len(slots))
+        if changed or self._sent_decode_rows != rows:
+            self._inputs.send(self._decode_rows(slots, rows))
+            self._sent_decode_rows = rows
+        variant = self._variant(slots)
+        if not self._replay((rows, variant)):
+            self.program.forward(self._decode_shape(rows))
+            self.program.head(rows, variant)
+        return len(slots)
+
+    def _execute_mixed(self, step: Step) -> int:
+        """A step with prefill rows. Returns the number of rows that sample."""
+        state, decode = self.state, self._decode_slots
+        state.host_lens[decode] += 1
         prefill, lens = unpack_ints(step.prefill_slots), unpack_ints(step.prefill_lens)
         starts = state.host_lens[prefill].copy()
         state.host_lens[prefill] += lens
@@ -178,35 +111,45 @@ class StepRunner:
         query_start = np.concatenate([np.arange(len(decode)), len(decode) + np.cumsum(np.concatenate([[0], lens]))])
         samples = np.frombuffer(step.prefill_samples, np.bool_)
         last_tokens = query_start[len(decode) + 1 :] - 1
-        sampling_slots = np.concatenate([decode, prefill[samples]])
-        sample_tokens = np.concatenate([np.arange(len(decode)), last_tokens[samples]])
         row_slots = np.concatenate([decode, prefill])
-        sampling_rows = self._padded(len(sampling_slots))
-        shape = ForwardShape(
-            num_decode_rows=len(decode),
-            num_rows=len(row_slots),
-            num_tokens=int(query_start[-1]),
-            num_sampling_rows=sampling_rows,
-            max_query_len=int(lens.max()),
-            max_kv_len=int(state.host_lens[row_slots].max()),
-        )
+        sample_slots = np.concatenate([decode, prefill[samples]])
+        sample_tokens = np.concatenate([np.arange(len(decode)), last_tokens[samples]])
+        num_tokens, sampling_rows = int(query_start[-1]), self._padded_rows(len(sample_slots))
+        bucket = bucket_for(self._token_buckets, num_tokens) if self._graphs is not None else None
+        if bucket is None:
+            shape = ForwardShape(
+                num_decode_rows=len(decode),
+                num_rows=len(row_slots),
+                num_tokens=num_tokens,
+                num_sampling_rows=sampling_rows,
+                max_query_len=int(lens.max()),
+                max_kv_len=int(state.host_lens[row_slots].max()),
+            )
+        else:
+            shape = self._mixed_shape(bucket)
         self._inputs.send(
-            row_slots,
-            self._pad(sampling_slots, sampling_rows, state.null_slot),
-            self._pad(sample_tokens, sampling_rows, 0),
-            query_start,
-            len(decode),
-            chunks,
+            StepRows(
+                row_slots=pad(row_slots, shape.num_rows, state.null_slot),
+                query_start=pad(query_start, shape.num_rows + 1, num_tokens),
+                num_decode_rows=len(decode),
+                sample_slots=pad(sample_slots, sampling_rows, state.null_slot),
+                sample_tokens=pad(sample_tokens, shape.num_sampling_rows, 0),
+                prefill_tokens=chunks,
+            )
         )
-        self._sent_shape = None
-        return shape, sampling_slots
+        self._sent_decode_rows = None
+        if not self._replay(shape):
+            self.program.forward(shape)
+        variant = self._variant(sample_slots)
+        if len(sample_slots) and not self._replay(("head", sampling_rows, variant)):
+            self.program.head(sampling_rows, variant)
+        return len(sample_slots)
 
-    def _padded(self, rows: int) -> int:
-        return bucket_for(self._buckets, rows) if self._on_gpu and rows else rows
+    def _replay(self, key: Hashable) -> bool:
+        return self._graphs is not None and self._graphs.replay(key)
 
-    @staticmethod
-    def _pad(values: np.ndarray, size: int, fill: int) -> np.ndarray:
-        return np.concatenate([values, np.full(size - len(values), fill)]) if size > len(values) else values
+    def _padded_rows(self, rows: int) -> int:
+        return bucket_for(self._row_buckets, rows) or rows if self._on_gpu and rows else rows
 
     def _variant(self, sampling_slots: np.ndarray) -> SamplingVariant:
         if self.state.host_filters[sampling_slots].any():
@@ -218,80 +161,47 @@ class StepRunner:
     def _send_back(self, step: Step, num_sampled: int) -> PendingTokens:
         self._turn = (self._turn + 1) % RING_SIZE
         buffer, copied = self._results[self._turn][:num_sampled], self._copied[self._turn]
-        buffer.copy_(self._tokens[:num_sampled], non_blocking=True)
+        buffer.copy_(self.program.tokens[:num_sampled], non_blocking=True)
         if copied is not None:
             copied.record()
         return PendingTokens(step.step_id, step.epoch, buffer, copied)
 
-    # --- device programs ------------------------------------------------------------------------------------------
-
-    def _forward(self, shape: ForwardShape) -> None:
-        if self._graphs is None or not self._graphs.replay(shape):
-            self.forward_eagerly(shape)
-
-    def _head(self, rows: int, variant: SamplingVariant) -> None:
-        if self._graphs is None or not self._graphs.replay((rows, variant)):
-            self.head_eagerly(rows, variant)
-
-    def forward_eagerly(self, shape: ForwardShape) -> None:
-        """From the step's inputs to the hidden states that `head_eagerly` reads. Device work only, but for the torch
-        backend."""
-        inputs, state = self._inputs, self.state
-        rows, tokens, decode = shape.num_rows, shape.num_tokens, shape.num_decode_rows
-        row_slots = inputs.row_slots[:rows]
-        metadata = AttentionMetadata(
-            num_decode_rows=decode,
-            row_slots=row_slots,
-            query_start=inputs.query_start[: rows + 1],
-            kv_lens=self._kv_lens[:rows],
-            positions=self._positions[:tokens],
-            cache_slots=self._cache_slots[:tokens],
-            block_table=state.block_table,
-            max_query_len=shape.max_query_len,
-            max_kv_len=shape.max_kv_len,
-        )
-        self._ops.step_metadata(
-            row_slots, metadata.query_start, state.seq_lens, state.block_table, self._config.block_size,
-            metadata.positions, metadata.cache_slots, metadata.kv_lens,
-        )  # fmt: skip
-        self._attention.prepare(metadata)
-        token_ids = inputs.token_ids[:tokens]
-        if decode:
-            token_ids[:decode] = state.last_token[row_slots[:decode]]
-        hidden = self._model.forward(token_ids, self._kv_cache, self._attention, metadata)
-        sampled = inputs.sample_tokens[: shape.num_sampling_rows]
-        self._head_input[: shape.num_sampling_rows] = hidden[sampled]
-        # Padding rows all write the null slot's own length, 0.
-        state.seq_lens[row_slots] = metadata.kv_lens
-
-    def head_eagerly(self, rows: int, variant: SamplingVariant) -> None:
-        """From hidden states to tokens, which are kept as their slots' last."""
-        state = self.state
-        slots = self._inputs.sample_slots[:rows]
-        logits = self._model.logits(self._head_input[:rows])
-        tokens = sample_tokens(logits, slots, state.seq_lens[slots], state, variant, self._ops)
-        # A failed row's -1 goes back to the host; the device needs an id that the embedding has.
-        state.last_token[slots] = tokens.clamp(min=0)
-        self._tokens[:rows] = tokens
-
-    # --- start-up ---------------------------------------------------------------------------------------------------
+    # --- shapes and inputs of padded steps --------------------------------------------------------------------------
 
     def _decode_shape(self, rows: int) -> ForwardShape:
-        return ForwardShape(rows, rows, rows, rows, 1, self._config.max_model_len)
+        return ForwardShape(rows, rows, rows, rows, 1, self._max_model_len)
+
+    def _mixed_shape(self, tokens: int) -> ForwardShape:
+        """Any mixture of rows in `tokens` tokens, of which as many are sampled from as there are rows."""
+        rows = min(tokens, self.state.num_slots)
+        return ForwardShape(None, rows, tokens, rows, tokens, self._max_model_len)
+
+    def _decode_rows(self, slots: np.ndarray, rows: int) -> StepRows:
+        counting = np.arange(rows + 1, dtype=np.int32)
+        padded = pad(slots, rows, self.state.null_slot)
+        return StepRows(padded, counting, rows, padded, counting[:-1])
+
+    def _null_rows(self, rows: int, tokens: int, decode_rows: int = 0) -> StepRows:
+        """Rows of the null slot: decode rows, then rows that share the other tokens as the context length allows."""
+        slots = np.full(rows, self.state.null_slot)
+        length = min(tokens, self._max_model_len)
+        prefill_start = np.minimum(decode_rows + np.arange(rows - decode_rows + 1) * length, tokens)
+        query_start = np.concatenate([np.arange(decode_rows), prefill_start])
+        prefill_tokens = [np.zeros(tokens - decode_rows, np.int32)]
+        return StepRows(slots, query_start, decode_rows, slots, np.zeros(rows), prefill_tokens)
+
+    # --- start-up ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def run_largest_steps(self) -> None:
         """Runs the steps that need the most memory, on null slots: a full budget of prefill, the widest sampling."""
-        tokens, rows = self._max_tokens, self._buckets[-1]
-        # One row of all tokens, as far as the context reaches, the rest in rows of their own.
-        length = min(tokens, self._config.max_model_len)
-        starts = np.minimum(np.arange(rows + 1) * length, tokens)
-        slots = np.full(rows, self.state.null_slot)
-        self._inputs.send(slots, slots, np.zeros(rows), starts, 0, [np.zeros(tokens, np.int32)])
-        self.forward_eagerly(ForwardShape(0, rows, tokens, rows, length, length))
+        tokens, rows = self._max_tokens, self._row_buckets[-1]
+        length = min(tokens, self._max_model_len)
+        self._inputs.send(self._null_rows(rows, tokens))
+        self.program.forward(ForwardShape(0, rows, tokens, rows, length, length))
         for variant in SamplingVariant:
-            self.head_eagerly(rows, variant)
-        self._sent_shape = None
+            self.program.head(rows, variant)
+        self._sent_decode_rows = None
 
     @torch.inference_mode()
     def run_small_steps(self) -> None:
@@ -302,40 +212,59 @@ class StepRunner:
             rows, tokens = decode + (prefill > 0), decode + prefill
             if rows > self.state.num_slots or not tokens:
                 continue
-            slots = np.full(rows, self.state.null_slot)
-            starts = np.array([*range(decode + 1), *([tokens] if prefill else [])])
-            chunks = [np.zeros(prefill, np.int32)] if prefill else []
-            self._inputs.send(slots, slots[:1], np.zeros(1), starts, decode, chunks)
-            self.forward_eagerly(ForwardShape(decode, rows, tokens, 1, max(prefill, 1), tokens))
+            self._inputs.send(self._null_rows(rows, tokens, decode))
+            self.program.forward(ForwardShape(decode, rows, tokens, rows, max(prefill, 1), tokens))
         for variant in SamplingVariant:
-            self.head_eagerly(1, variant)
-        self._sent_shape = None
+            self.program.head(1, variant)
+        self._sent_decode_rows = None
 
-    def _null_inputs(self, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        slots = np.full(rows, self.state.null_slot)
-        counting = np.arange(rows + 1)
-        return slots, slots, counting[:-1], counting
-
-    @torch.inference_mode()
-    def capture_graphs(self, progress: CaptureProgress, only_largest: bool = False) -> GraphCache:
-        """Captures the forward pass of decode steps and the head, for every bucket, largest first.
+    def capture_graphs(
+        self, progress: CaptureProgress | None = None, only_largest: bool = False, like: GraphCache | None = None
+    ) -> GraphCache:
+        """Captures the graphs of decode and mixed steps, largest first, so that the smaller fit in their memory, or
+        in that of `like`.
 
         The steps are run on null slots, so the batch's state stays as it is.
         """
-        graphs = GraphCache()
-        buckets = self._buckets[-1:] if only_largest else self._buckets[::-1]
-        variants = list(SamplingVariant)[::-1]
-        total = len(buckets) * (1 + len(variants))
-        for rows in buckets:
-            self._inputs.send(*self._null_inputs(rows), rows, [])
-            shape = self._decode_shape(rows)
-            graphs.capture(shape, lambda shape=shape: self.forward_eagerly(shape))  # type: ignore[misc]
-            progress(len(graphs), total)
-            for variant in variants:
-                graphs.capture((rows, variant), lambda rows=rows, v=variant: self.head_eagerly(rows, v))  # type: ignore[misc]
-                progress(len(graphs), total)
-        self._sent_shape = None
+        captures = self._captures(only_largest)
+        graphs = GraphCache(like)
+        with torch.inference_mode():
+            for key, launch in captures:
+                graphs.capture(key, launch)
+                if progress is not None:
+                    progress(len(graphs), len(captures))
+        self._sent_decode_rows = None
         return graphs
+
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs `capture_graphs` makes."""
+        return len(self._captures(only_largest=False))
+
+    def _captures(self, only_largest: bool) -> list[Capture]:
+        return [*self._mixed_captures(only_largest), *self._decode_captures(only_largest)]
+
+    def _mixed_captures(self, only_largest: bool) -> list[Capture]:
+        buckets = self._token_buckets[-1:] if only_largest else self._token_buckets[::-1]
+        return [(shape, partial(self._run_null_mixed, shape)) for shape in map(self._mixed_shape, buckets)]
+
+    def _decode_captures(self, only_largest: bool) -> list[Capture]:
+        captures: list[Capture] = []
+        for rows in self._row_buckets[-1:] if only_largest else self._row_buckets[::-1]:
+            for variant in list(SamplingVariant)[::-1]:
+                captures.append(((rows, variant), partial(self._run_null_decode, rows, variant)))
+                captures.append((("head", rows, variant), partial(self.program.head, rows, variant)))
+        return captures
+
+    def _run_null_mixed(self, shape: ForwardShape) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            self._inputs.send(self._null_rows(shape.num_rows, shape.num_tokens))
+        self.program.forward(shape)
+
+    def _run_null_decode(self, rows: int, variant: SamplingVariant) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            self._inputs.send(self._decode_rows(np.empty(0, np.int32), rows))
+        self.program.decode(self._decode_shape(rows), variant)
 
     def use_graphs(self, graphs: GraphCache) -> None:
         self._graphs = graphs

@@ -131,6 +131,30 @@ async def test_arrivals_have_the_rate_asked_for(ipc_engine: IpcEngine, tmp_path:
     assert 0.35 < sent[-1] - sent[0] < 2
 
 
+async def test_an_online_workload_is_measured_and_saved(
+    ipc_engine: IpcEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.json"
+    size = ["--prompt-lens", "3,600", "--num-requests", "2", "--streams", "3", "--output-len", "5", "--no-warmup"]
+    flags = ["--ipc", ipc_engine.address, "--workload", "idle", *size, "--json", str(file), "--runs", "2"]
+    assert await measure(*flags) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| time to first token, 3-token prompt | 2 |") == 2
+    assert "A prompt of 600 tokens does not fit" in printed
+    assert [request.params.max_tokens for request in ipc_engine.seen] == [2, 2, 5, 5, 5] * 2
+    saved = json.loads(file.read_text())
+    assert saved["workload"]["prompt_lens"] == [3, 600]
+    assert [len(run["requests"]) for run in saved["runs"]] == [5, 5]
+
+
+async def test_tokens_lost_in_an_online_workload_fail_it(
+    ipc_engine: IpcEngine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ipc_engine.missing_tokens = 1
+    assert await measure("--ipc", ipc_engine.address, "--workload", "poisson", "--num-requests", "4") == 1
+    assert "4 of 4 requests went wrong" in capsys.readouterr().err
+
+
 # --- over HTTP ------------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +347,12 @@ async def test_what_goes_wrong_over_http_fails_the_run(
         ["--request-rate", "0"],
         ["--workload", "huge"],
         ["--shared-prefix", "-1"],
+        ["--streams", "0"],
+        ["--workload", "idle", "--prompt-lens", "16,0"],
+        ["--workload", "nano", "--num-requests", "5"],
+        ["--workload", "poisson", "--streams", "5"],
+        ["--workload", "arrival", "--concurrency", "5"],
+        ["--stream-output-len", "5"],
     ],
     ids=" ".join,
 )

@@ -39,13 +39,29 @@ def test_latencies_are_what_they_are_called() -> None:
     assert report.e2e.mean == pytest.approx(1000 * (0.9 + 1.2) / 2)
 
 
-def test_tokens_that_came_together_are_one_arrival() -> None:
+def test_of_tokens_that_came_together_one_has_waited_and_the_others_have_not() -> None:
     held_back = RequestResult(3, 6, sent=0.0, token_times=[1.0, 1.0, 1.0, 3.0, 3.0, 3.0], output_len=6)
+    assert held_back.token_gaps() == [0, 0, 2, 0, 0]
+    assert held_back.event_gaps() == [2]
     report = RunReport.of(WORKLOAD, [held_back])
     assert report.inter_token is not None
-    assert (report.inter_token.p50, report.inter_token.max) == (2000, 2000)
+    assert (report.inter_token.p50, report.inter_token.max) == (0, 2000)
+    assert report.event_gap is not None
+    assert (report.event_gap.p50, report.event_gap.max) == (2000, 2000)
+    assert "| time between events | 2000.00 |" in report.table()
     assert report.per_output_token is not None
     assert report.per_output_token.mean == pytest.approx(400)
+
+
+def test_events_are_not_mentioned_where_tokens_come_one_by_one() -> None:
+    assert "events" not in RunReport.of(WORKLOAD, results()).table()
+
+
+def test_gaps_of_a_window_lie_wholly_in_it() -> None:
+    result = RequestResult(3, 5, sent=0.0, token_times=[1.0, 2.0, 4.0, 7.0, 11.0], output_len=5)
+    assert result.token_gaps(2.0, 7.0) == [2, 3]
+    assert result.token_gaps(2.1, 6.9) == []
+    assert result.event_gaps(end=4.0) == [1, 2]
 
 
 def test_time_per_output_token_counts_tokens_and_not_events() -> None:
@@ -83,7 +99,8 @@ def test_lost_tokens_and_failed_requests_are_noticed() -> None:
 
 def test_the_saved_file_holds_every_time(tmp_path: Path) -> None:
     run = results()
-    save_json(tmp_path / "a" / "run.json", WORKLOAD, [RunReport.of(WORKLOAD, run)], [run], {"model": "tiny"})
+    report = RunReport.of(WORKLOAD, run)
+    save_json(tmp_path / "a" / "run.json", WORKLOAD.saved(), [report.saved(run)], {"model": "tiny"})
     saved = json.loads((tmp_path / "a" / "run.json").read_text())
     assert saved["target"] == {"model": "tiny"}
     assert saved["machine"]["cpus"] >= 1

@@ -1,6 +1,8 @@
 """What the scheduler promises: who goes first, what is computed, and that nothing is lost or leaked."""
 
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from bundled import MODEL_DIR
+from core.engine import step_time_model
 from core.scheduler import Scheduler, SchedulerConfig
+from core.step_time import MIN_CHUNK, UNMEASURED_CHUNK, RelativeCosts, StepTimeModel, StepWork
+from protocol.config import EngineConfig, make_options
 from protocol.messages import AddRequest, Failed, StepOutputs, pack_ints, unpack_ints
+from protocol.resolve import resolve
 from protocol.sampling import SamplingParams
 from tests.support.null_worker import NullWorker
+from tests.support.step_times import gpu_seconds
 
 EOS = 1
 BLOCK_SIZE = 4
@@ -24,7 +32,7 @@ def pseudo_token(seed: int, position: int, total: int) -> int:
     return EOS if mixed % 23 == 0 else 2 + mixed % 97
 
 
-def make_scheduler(**changes: Any) -> Scheduler:
+def make_scheduler(step_time: StepTimeModel | None = None, **changes: Any) -> Scheduler:
     config = {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
@@ -34,11 +42,30 @@ def make_scheduler(**changes: Any) -> Scheduler:
         "enable_prefix_caching": True,
         "eos_token_ids": (EOS,),
     }
-    return Scheduler(SchedulerConfig(**(config | changes)))
+    return Scheduler(SchedulerConfig(**(config | changes)), step_time=step_time)
+
+
+def assert_bounded(scheduler: Scheduler) -> None:
+    """The step just made holds no more prefill beside decodes than the model of step times allows."""
+    model, work = scheduler.step_time, scheduler._in_flight[-1].work
+    if model is None or not work.context or work.tokens <= max(model.min_chunk, scheduler.config.block_size):
+        return
+    prefill = model.prefill_seconds(work.tokens, work.pairs)
+    if prefill:
+        decode = model.decode_seconds(work.context)
+        assert prefill <= max(model.max_seconds - decode, 2 * decode) * (1 + 1e-9)
+    else:
+        assert work.tokens <= UNMEASURED_CHUNK
 
 
 class Engine:
-    """Scheduler and null worker, with the outputs that the frontend would collect."""
+    """Scheduler and null worker, with the outputs that the frontend would collect.
+
+    With `step_seconds`, each step is said to have taken that long, and `seconds` is the sum.
+    """
+
+    step_seconds: Callable[[StepWork], float] | None = None
+    seconds = 0.0
 
     def __init__(self, scheduler: Scheduler, depth: int = 2, rule: Any = pseudo_token) -> None:
         self.scheduler = scheduler
@@ -67,10 +94,16 @@ class Engine:
         step = self.scheduler.schedule()
         if step is not None:
             self.worker.execute(step)
+            assert_bounded(self.scheduler)
+            assert step.prefill_lens or not self.scheduler._prefilling, "a prompt stands still"
         return step is not None
 
     def receive(self) -> None:
-        for _, message in self.scheduler.apply(self.worker.answer()).messages(0):
+        seconds = None
+        if self.step_seconds is not None:
+            seconds = self.step_seconds(self.scheduler._in_flight[0].work)
+            self.seconds += seconds
+        for _, message in self.scheduler.apply(self.worker.answer(), seconds).messages(0):
             if isinstance(message, Failed):
                 assert message.request_id not in self.ends
                 self.failed[message.request_id] = message.message
@@ -315,13 +348,164 @@ def test_requests_of_a_frontend_that_is_gone_are_ended() -> None:
     assert scheduler.stats().aborted_requests == 1
 
 
-class RandomOperations(RuleBasedStateMachine):
-    """Any mix of arrivals, aborts, steps and answers, with blocks so few that preemption is common."""
+# Qwen3-0.6B's, about.
+COSTS = RelativeCosts(pair=2.6e-4, cached_token=4.8e-5)
 
-    @initialize(depth=st.sampled_from([1, 2]), num_blocks=st.integers(17, 40), budget=st.sampled_from([6, 17, 64]))
-    def start(self, depth: int, num_blocks: int, budget: int) -> None:
-        scheduler = make_scheduler(num_blocks=num_blocks, max_num_seqs=6, max_num_batched_tokens=budget)
+
+def streaming_engine(max_seconds: float = 8e-3, num_streams: int = 64, **changes: Any) -> Engine:
+    """An engine on a GPU on which streams run and have taught it what a step costs."""
+    config = {"max_num_seqs": 128, "max_num_batched_tokens": 8192, "max_model_len": 16384, "block_size": 16}
+    config |= {"num_blocks": 8192, "enable_prefix_caching": True} | changes
+    model = StepTimeModel(max_seconds, COSTS) if max_seconds else None
+    engine = Engine(make_scheduler(model, **config), rule=lambda *_: 9)
+    engine.step_seconds = gpu_seconds
+    for request_id in range(num_streams):
+        engine.add(request_id, prompt_of(request_id, 128), max_tokens=1000)
+    turn(engine, 200)
+    return engine
+
+
+def turn(engine: Engine, times: int = 1) -> list[StepWork]:
+    """What the steps computed that came back."""
+    works = []
+    for _ in range(times):
+        while engine.send():
+            pass
+        if not engine.scheduler.num_in_flight:
+            break
+        works.append(engine.scheduler._in_flight[0].work)
+        engine.receive()
+    return works
+
+
+def test_long_prompt_is_chunked_while_streams_run() -> None:
+    engine = streaming_engine()
+    engine.add(100, prompt_of(100, 8192), max_tokens=1)
+    started, works = engine.seconds, []
+    while 100 not in engine.ends:
+        works += turn(engine)
+    prefills = [work for work in works if work.tokens]
+    assert sum(work.tokens for work in prefills) == 8192
+    assert all(work.tokens % 16 == 0 for work in prefills)
+    assert 5 <= len(prefills) <= 8
+    assert max(map(gpu_seconds, works)) < 8.5e-3
+    assert engine.seconds - started < 50e-3
+    assert all(work.context for work in works), "the streams went on"
+
+
+def test_no_streams_no_bound() -> None:
+    engine = streaming_engine(num_streams=1)
+    engine.abort(0)
+    for request_id in (100, 101):
+        engine.add(request_id, prompt_of(request_id, 8192), max_tokens=1)
+    works = turn(engine, 5)
+    assert [work.tokens for work in works if work.tokens] == [8192, 8192]
+
+
+def config_with_bound(max_step_ms: float) -> EngineConfig:
+    options = make_options({"model": str(MODEL_DIR), "device": "cpu", "max_step_ms": max_step_ms})
+    return resolve(options, Path("/nonexistent"))
+
+
+def test_no_bound_no_chunks() -> None:
+    assert step_time_model(config_with_bound(0)) is None
+    engine = streaming_engine(max_seconds=0)
+    engine.add(100, prompt_of(100, 8000), max_tokens=1)
+    assert 8000 in [work.tokens for work in turn(engine, 4)]
+
+
+def test_the_flag_is_the_bound_in_milliseconds() -> None:
+    model = step_time_model(config_with_bound(20))
+    assert model is not None
+    assert model.max_seconds == 20e-3
+
+
+def test_short_prompts_join_the_next_step_while_streams_run() -> None:
+    engine = streaming_engine()
+    for request_id in range(100, 108):
+        engine.add(request_id, prompt_of(request_id, 128), max_tokens=1)
+    engine.send()
+    assert engine.scheduler._in_flight[-1].work.tokens == 8 * 128
+    turn(engine, 2)
+    assert all(len(engine.tokens[request_id]) == 1 for request_id in range(100, 108))
+
+
+def test_many_short_prompts_are_bounded_together_and_go_in_order() -> None:
+    engine = streaming_engine()
+    for request_id in range(100, 140):
+        engine.add(request_id, prompt_of(request_id, 200), max_tokens=1, priority=request_id % 2)
+    works, ended = [], []
+    while len(ended) < 40:
+        works += turn(engine)
+        ended += sorted(engine.ends.keys() - ended, key=lambda i: (i % 2, i))
+    assert max(map(gpu_seconds, works)) < 8.5e-3
+    assert ended == [*range(100, 140, 2), *range(101, 140, 2)]
+
+
+def test_a_long_prompt_goes_on_however_slow_the_device() -> None:
+    engine = streaming_engine(max_seconds=1e-6)
+    engine.step_seconds = lambda work: 1000 * gpu_seconds(work)
+    turn(engine, 20)
+    engine.add(100, prompt_of(100, 8192), max_tokens=1)
+    works = [work for work in turn(engine, 8192 // MIN_CHUNK + 4) if work.tokens]
+    assert 100 in engine.ends
+    assert min(work.tokens for work in works[:-1]) >= MIN_CHUNK
+
+
+def test_a_pause_does_not_shrink_the_chunks_that_follow() -> None:
+    def chunks_of(paused_steps: set[int]) -> list[int]:
+        engine = streaming_engine()
+        engine.add(100, prompt_of(100, 8192), max_tokens=1)
+        works = []
+        for step in range(12):
+            engine.step_seconds = lambda work: gpu_seconds(work) + (0.1 if step in paused_steps else 0.0)  # noqa: B023
+            works += turn(engine)
+        return [work.tokens for work in works if work.tokens]
+
+    assert len(chunks_of({3})) == len(chunks_of({1, 5})) == len(chunks_of(set()))
+
+
+def test_a_warm_prompt_costs_what_is_left_to_compute_while_streams_run() -> None:
+    engine = streaming_engine()
+    prompt = prompt_of(100, 8192)
+    for request_id in (100, 101):
+        engine.add(request_id, prompt, max_tokens=1)
+        works = []
+        while request_id not in engine.ends:
+            works += turn(engine)
+    # Cached whole: the last block is computed again, in one step.
+    assert [work.tokens for work in works if work.tokens] == [16]
+
+
+def test_the_same_times_make_the_same_steps() -> None:
+    def chunks() -> list[StepWork]:
+        engine, chooser = streaming_engine(), random.Random(1)
+        engine.step_seconds = lambda work: gpu_seconds(work) * chooser.uniform(0.5, 3)
+        for request_id in range(100, 110):
+            engine.add(request_id, prompt_of(request_id, 3000), max_tokens=4)
+        return turn(engine, 60)
+
+    assert chunks() == chunks()
+
+
+class RandomOperations(RuleBasedStateMachine):
+    """Any mix of arrivals, aborts, steps, times and answers, with blocks so few that preemption is common."""
+
+    @initialize(
+        depth=st.sampled_from([1, 2]),
+        num_blocks=st.integers(17, 40),
+        budget=st.sampled_from([6, 17, 64]),
+        max_seconds=st.sampled_from([None, 0.01, 0.05]),
+        min_chunk=st.sampled_from([1, 8]),
+    )
+    def start(self, depth: int, num_blocks: int, budget: int, max_seconds: float | None, min_chunk: int) -> None:
+        model = None
+        if max_seconds is not None:
+            model = StepTimeModel(max_seconds, RelativeCosts(pair=0.05, cached_token=0.02), min_chunk)
+        scheduler = make_scheduler(model, num_blocks=num_blocks, max_num_seqs=6, max_num_batched_tokens=budget)
         self.engine = Engine(scheduler, depth, self.next_token)
+        self.engine.step_seconds = self.step_seconds
+        self.pace = 1.0
         self.prompts: dict[int, tuple[list[int], int]] = {}
         self.nan_seeds: set[int] = set()
 
@@ -343,6 +527,13 @@ class RandomOperations(RuleBasedStateMachine):
         if broken:
             self.nan_seeds.add(request_id)
         self.engine.add(request_id, prompt_of(seed, length), max_tokens=max_tokens, priority=priority)
+
+    def step_seconds(self, work: StepWork) -> float:
+        return self.pace * (5e-3 * bool(work.context) + 1e-4 * work.context + 1e-3 * work.tokens + 5e-5 * work.pairs)
+
+    @rule(pace=st.sampled_from([0.0, 0.01, 0.5, 1.0, 1.0, 1.0, 2.0, 1000.0]))
+    def change_pace(self, pace: float) -> None:
+        self.pace = pace
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:

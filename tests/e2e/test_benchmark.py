@@ -41,6 +41,29 @@ def test_rate_concurrency_and_shared_prefix(engine: RunningEngine) -> None:
     assert result.returncode == 0, result.stderr
 
 
+ONLINE = {
+    "idle": ["--prompt-lens", "16,8192", "--num-requests", "2", "--streams", "2", "--output-len", "8"],
+    "arrival": ["--num-requests", "3", "--streams", "6", "--stream-output-len", "60", "--request-rate", "20"],
+    "poisson": ["--num-requests", "20", "--request-rate", "20", "--input-len", "8-16", "--output-len", "4-8"],
+}
+
+
+@pytest.mark.parametrize("way", ["ipc", "http"])
+@pytest.mark.parametrize("workload", ONLINE)
+def test_online_workloads_run(engine: RunningEngine, way: str, workload: str, tmp_path: Path) -> None:
+    target = ["--ipc", engine.address] if way == "ipc" else ["--http", engine.url, "--vocab-size", "2000"]
+    flags = [*ONLINE[workload], "--no-warmup", "--json", str(tmp_path / "run.json")]
+    result = run_client(*target, "--workload", workload, *flags)
+    assert result.returncode == 0, result.stderr
+    assert f"| {workload}, ms | values |" in result.stdout
+    assert "time to first token" in result.stdout
+    assert "inter-token latency" in result.stdout
+    assert ("8,192 tokens does not fit" in result.stdout) == (workload == "idle")
+    (run,) = json.loads((tmp_path / "run.json").read_text())["runs"]
+    for request in run["requests"]:
+        assert request["output_len"] == request["wanted_len"] == len(request["token_times"])
+
+
 def test_a_named_workload_that_does_not_fit_fails_with_the_reason(engine: RunningEngine) -> None:
     result = run_client("--ipc", engine.address, "--workload", "longctx", "--no-warmup")
     assert result.returncode == 1
@@ -88,6 +111,17 @@ async def test_a_server_that_returns_too_few_tokens_is_noticed() -> None:
     server.close()
     assert result.returncode == 1
     assert "1 tokens came back, 2 were asked for" in result.stderr
+
+
+def test_a_short_soak_looks_at_every_process(engine: RunningEngine) -> None:
+    command = [sys.executable, "-m", "benchmarks.soak", "--ipc", engine.address]
+    size = ["--num-requests", "20", "--warmup", "20", "--looks", "1", "--concurrency", "20"]
+    result = subprocess.run([*command, *size], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for process in ("client", "launch.py", "frontend.server", "core.engine", "worker.main"):
+        assert f" {process} |" in result.stdout
+    assert "\n| 20 | 0 |" in result.stdout
+    assert "\n| 40 | 0 |" in result.stdout
 
 
 def test_the_core_benchmark_runs() -> None:

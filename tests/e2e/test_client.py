@@ -402,6 +402,7 @@ def test_a_bad_conversation_raises_and_names_its_field(client: Client, arguments
         ("temperature", "hot"),
         ("top_p", 0.0),
         ("top_k", -2),
+        ("min_p", 2.0),
         ("max_tokens", 0),
         ("seed", 2**64),
         ("stop", [""]),

@@ -24,7 +24,7 @@ MODEL = "tiny-qwen3"
 STORY = "Once upon a time"
 CAPITAL = "The capital of Italy is"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-NOT_OPENAIS = ("top_k", "stop_token_ids", "ignore_eos", "return_token_ids")
+NOT_OPENAIS = ("top_k", "min_p", "stop_token_ids", "ignore_eos", "return_token_ids")
 # What asks for as many tokens as the context holds: about ten seconds of work, which no test waits for.
 ENDLESS = {"max_tokens": 2000, "temperature": 0, "ignore_eos": True}
 
@@ -219,7 +219,7 @@ def test_a_seed_makes_a_draw_reproducible_and_without_one_draws_differ(ai: OpenA
     assert draw(seed=7) == draw(seed=7)
     assert len({draw(seed=seed) for seed in range(4)}) > 1
     assert len({draw() for _ in range(4)}) > 1
-    assert draw(top_k=1) == draw(temperature=0)
+    assert draw(top_k=1) == draw(min_p=1) == draw(temperature=0)
 
 
 async def test_streams_side_by_side_are_not_mixed_up(engine: RunningEngine, client: Client) -> None:
@@ -269,6 +269,7 @@ async def test_streams_side_by_side_are_not_mixed_up(engine: RunningEngine, clie
         (TEXT, {"top_p": 0}, 400, "top_p", "0"),
         (TEXT, {"top_p": 1.5}, 400, "top_p", "1.5"),
         (TEXT, {"top_k": -7}, 400, "top_k", "-7"),
+        (CHAT, {"min_p": 2}, 400, "min_p", "2"),
         (TEXT, {"seed": 2**63}, 400, "seed", str(2**63)),
         (TEXT, {"stop": [""]}, 400, "stop", "''"),
         (TEXT, {"stop_token_ids": [-1]}, 400, "stop_token_ids", "-1"),

@@ -267,6 +267,23 @@ async def test_a_steps_tokens_for_many_requests_reach_each_in_order(endpoint: En
         assert chunks[-1].finish_reason == "length"
 
 
+async def test_the_times_of_a_running_request_can_be_looked_at(endpoint: Endpoint, client: AsyncClient) -> None:
+    times: list[float] = []
+    request = in_background(client.run_request([1, 2], SamplingParams(max_tokens=3), token_times=times))
+    request_id = (await endpoint.expect(Generate)).request_id
+    endpoint.outputs([(request_id, 7)])
+    async with asyncio.timeout(SOON_S):
+        while not times:
+            await asyncio.sleep(0.002)
+    assert not request.done()
+    endpoint.outputs([(request_id, 8)], finished=[Finished(request_id, "length")])
+    result = await request
+    assert result.outputs[0].token_ids == [7, 8]
+    assert result.metrics.token_times is times
+    assert len(times) == 2
+    assert result.metrics.first_token_time == times[0]
+
+
 async def test_messages_about_unknown_requests_are_ignored(endpoint: Endpoint, client: AsyncClient) -> None:
     calling = in_background(client.generate("a", use_tqdm=False))
     request_id = (await endpoint.expect(Generate)).request_id

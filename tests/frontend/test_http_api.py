@@ -180,6 +180,7 @@ def test_sampling_fields_reach_the_core(http: httpx.Client, frontend: Frontend) 
         "temperature": 0,
         "top_p": 0.5,
         "top_k": 7,
+        "min_p": 0.1,
         "seed": -3,
         "max_tokens": 2,
         "stop_token_ids": [9],
@@ -191,7 +192,7 @@ def test_sampling_fields_reach_the_core(http: httpx.Client, frontend: Frontend) 
     assert http.post("/v1/completions", json=body).status_code == 200
     added = frontend.core.added[0]
     params = added.params
-    assert (params.temperature, params.top_p, params.top_k, params.seed) == (0, 0.5, 7, -3)
+    assert (params.temperature, params.top_p, params.top_k, params.min_p, params.seed) == (0, 0.5, 7, 0.1, -3)
     assert (params.max_tokens, params.stop_token_ids, params.ignore_eos) == (2, (9,), True)
     assert (added.priority, added.cache_salt) == (4, "tenant")
 
@@ -211,13 +212,13 @@ def test_the_models_own_sampling_values_hold_unless_the_request_says(
 ) -> None:
     for file in model_directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "eos_token_id": 1}
+    recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "eos_token_id": 1}
     (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
     frontend = make_frontend(tmp_path).start()
-    for body in ({}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0}):
+    for body in ({}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0}):
         assert httpx.post(f"{frontend.url}/v1/completions", json={"prompt": [1], **body}).status_code == 200
     params = [added.params for added in frontend.core.added]
-    assert [(p.temperature, p.top_p, p.top_k) for p in params] == [(0.6, 0.95, 20), (1.0, 1.0, 0)]
+    assert [(p.temperature, p.top_p, p.top_k, p.min_p) for p in params] == [(0.6, 0.95, 20, 0.05), (1.0, 1.0, 0, 0.0)]
 
 
 def test_models_and_health(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -242,7 +243,7 @@ def test_models_and_health(client: openai.OpenAI, http: httpx.Client) -> None:
         ({"tool_choice": "required"}, "tool_choice", "got 'required'"),
         ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "got {'5': 1}"),
-        ({"min_p": 0.1}, "min_p", "got 0.1"),
+        ({"min_p": 1.1}, "min_p", "between 0 and 1, got 1.1"),
         ({"best_off": 1}, "best_off", "best_off is not a field of this request"),
         ({"stream_options": {"include": True}}, "stream_options.include", "not a field"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),

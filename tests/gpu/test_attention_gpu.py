@@ -10,7 +10,8 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
-from worker.attention import AttentionBackend, create_backend
+from worker.attention import AttentionBackend, QueryKeyTransform, create_backend
+from worker.attention.interface import write_keys_and_values
 from worker.attention.testing import PagedBatch, dense_attention, random_batch
 
 BACKENDS = ["triton"] + ["flash_attn"] * (importlib.util.find_spec("flash_attn") is not None)
@@ -96,6 +97,55 @@ def test_prefill(step: str, shape: tuple[int, int, int], name: str) -> None:
             query_lens, kv_lens, num_decode_rows=decode, padding_tokens=padding, num_heads=heads,
             num_kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=torch.bfloat16, device="cuda",
         ))  # fmt: skip
+
+
+@pytest.mark.parametrize("lens", ["1 x 1", "1 x 8000", "boundaries", "padding"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fused_decode_does_what_two_kernels_do(lens: str, shape: tuple[int, int, int]) -> None:
+    heads, kv_heads, head_dim = shape
+    kv_lens, block_size = DECODE[lens], 16
+    rows = len(kv_lens)
+    batch = random_batch([1] * rows, kv_lens, num_decode_rows=rows, num_heads=heads, num_kv_heads=kv_heads,
+                         head_dim=head_dim, dtype=torch.bfloat16, device="cuda")  # fmt: skip
+    metadata = batch.metadata
+    metadata.positions = (metadata.kv_lens - 1).clamp(min=0)
+    blocks = metadata.block_table[metadata.row_slots.long(), metadata.positions.long() // block_size].long()
+    offsets = torch.where(metadata.kv_lens > 0, metadata.positions, torch.arange(rows, device="cuda")) % block_size
+    metadata.cache_slots = torch.where(metadata.kv_lens > 0, blocks, 0) * block_size + offsets
+    angles = torch.randn(9000, head_dim // 2, device="cuda") * 6
+    weights = torch.rand(2, head_dim, device="cuda", dtype=torch.bfloat16) + 0.5
+    transform = QueryKeyTransform(weights[0], weights[1], 1e-6, torch.cat((angles.cos(), angles.sin()), dim=-1))
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device="cuda", dtype=torch.bfloat16)
+    backend = make("triton", batch)
+    backend.prepare(metadata)
+
+    caches = [torch.stack([batch.key_cache, batch.value_cache]) for _ in range(3)]
+    fused = backend.attend(qkv.clone(), transform, *caches[0], metadata)
+    query = write_keys_and_values(qkv.clone(), transform, *caches[1], metadata)
+    in_two = backend.forward(query, *caches[1], metadata)
+    torch.testing.assert_close(fused, in_two, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(caches[0][:, 1:], caches[1][:, 1:], atol=2e-2, rtol=2e-2, equal_nan=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = backend.attend(qkv, transform, *caches[2], metadata)
+    graph.replay()
+    assert torch.equal(captured, fused)
+
+
+@pytest.mark.parametrize("step", PREFILL)
+def test_a_graph_serves_any_mixture(step: str) -> None:
+    """A mixed step is captured with sizes alone: what it finds on the device decides which rows decode."""
+    query_lens, kv_lens, decode, padding = PREFILL[step]
+    batch = random_batch([*query_lens, 0, 0], [*kv_lens, 0, 0], num_decode_rows=decode, padding_tokens=padding + 9,
+                         num_heads=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device="cuda")  # fmt: skip
+    batch.metadata.num_decode_rows = None
+    backend = make("triton", batch)
+    run(backend, batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(backend, batch)
+    graph.replay()
+    torch.testing.assert_close(captured.double(), dense_attention(batch), atol=2e-2, rtol=2e-2)
 
 
 def test_a_graph_follows_the_lengths_it_finds() -> None:

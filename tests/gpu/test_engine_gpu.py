@@ -156,7 +156,7 @@ def test_error_is_at_most_that_of_transformers_own_bf16(model: Path, prompts: li
             expected = exact(sequence).logits[0, -1]
             errors["transformers"] += (halves(sequence).logits[0, -1].float() - expected).square().sum().item()
             ours.generate([sequence[0].tolist()], greedy(1))
-            got = ours.runner._model.logits(ours.runner._head_input[:1])[0]
+            got = ours.runner.program.logits(1)[0]
             errors["ours"] += (got.float() - expected).square().sum().item()
     assert errors["ours"] ** 0.5 <= 1.1 * errors["transformers"] ** 0.5
 

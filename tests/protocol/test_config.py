@@ -52,6 +52,8 @@ def test_defaults_are_the_struct_s() -> None:
         ({"dtype": "int4"}, "--dtype"),
         ({"block_size": 24}, "power of two"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 16}, "--max-num-batched-tokens"),
+        ({"max_step_ms": -1}, "--max-step-ms"),
+        ({"max_step_ms": float("nan")}, "--max-step-ms"),
         ({"profile_steps": "9-3"}, "--profile-steps"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory"),
         ({"no_such_option": 1}, "no_such_option"),

@@ -37,6 +37,7 @@ sampling_params = st.builds(
     temperature=st.floats(0, 100),
     top_p=st.floats(0.001, 1),
     top_k=st.integers(-1, 2**31 - 1),
+    min_p=st.floats(0, 1),
     seed=st.none() | int64,
     max_tokens=st.none() | st.integers(1, 2**31 - 1),
     stop=st.lists(st.text(min_size=1, max_size=5), max_size=3),

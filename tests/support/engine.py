@@ -12,6 +12,7 @@ from typing import Any
 
 from core.engine import PIPELINE_DEPTH, scheduler_config
 from core.scheduler import Scheduler
+from core.step_time import StepTimeModel
 from protocol.config import EngineConfig, make_options
 from protocol.messages import AddRequest, StepOutputs, StepResult, pack_ints, unpack_ints
 from protocol.resolve import resolve
@@ -25,12 +26,16 @@ def make_config(model: Path | str, **options: Any) -> EngineConfig:
 
 
 class InProcessEngine:
-    """Generates for a list of prompts; keeps its prefix cache and statistics between calls."""
+    """Generates for a list of prompts; keeps its prefix cache and statistics between calls.
 
-    def __init__(self, model: Path | str, **options: Any) -> None:
+    No times are measured, so that the same calls make the same steps: prefill beside decodes is bounded only by what a
+    given `step_time` model has been taught.
+    """
+
+    def __init__(self, model: Path | str, step_time: StepTimeModel | None = None, **options: Any) -> None:
         self.config = make_config(model, **options)
         self.runner, ready = make_runner(self.config)
-        self.scheduler = Scheduler(scheduler_config(self.config, ready))
+        self.scheduler = Scheduler(scheduler_config(self.config, ready), step_time=step_time)
         self.depth = PIPELINE_DEPTH if self.config.options.async_scheduling else 1
         self.finished: dict[int, str] = {}
         self._next_id = 0

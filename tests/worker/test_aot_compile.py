@@ -20,8 +20,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from worker.kernels import (  # noqa: E402
+    argmax_sample,
     attention_decode,
     attention_prefill,
+    filter_threshold,
+    fused_linear,
     gumbel_sample,
     qk_norm_rope,
     rms_norm,
@@ -39,9 +42,13 @@ ELEMENT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INT32_POINTERS = {
     "row_slots_ptr", "query_start_ptr", "seq_lens_ptr", "block_table_ptr", "positions_ptr", "kv_lens_ptr",
     "items_ptr", "num_items_ptr", "arrived_ptr", "index_ptr", "status_ptr", "token_ptr",
+    "decode_rows_ptr", "last_token_ptr", "token_ids_ptr", "top_k_ptr", "keys_ptr", "last_keys_ptr",
 }  # fmt: skip
 INT64_POINTERS = {"cache_slots_ptr", "seeds_ptr"}
-FP32_POINTERS = {"cos_sin_ptr", "temperature_ptr", "value_ptr", "partial_out_ptr", "partial_lse_ptr"}
+FP32_POINTERS = {
+    "cos_sin_ptr", "temperature_ptr", "value_ptr", "partial_out_ptr", "partial_lse_ptr", "top_p_ptr", "min_p_ptr",
+    "threshold_ptr", "highest_ptr", "lowest_ptr", "mass_ptr", "levels_ptr", "last_levels_ptr", "last_value_ptr",
+}  # fmt: skip
 
 
 def shared_memory(
@@ -52,6 +59,9 @@ def shared_memory(
     **options: int | None,
 ) -> int:
     """Compiles `kernel` for `capability` with 16-byte aligned pointers and strides; returns bytes of shared memory."""
+    if "DEPENDENT" in kernel.arg_names:
+        constants = {"DEPENDENT": capability >= (9, 0)} | constants
+        options["launch_pdl"] = constants["DEPENDENT"]
     signature, divisible = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -86,10 +96,15 @@ def attention_cases(
     if capability in ((9, 0), (12, 0)):
         shapes += [(torch.bfloat16, 16, 8, 128, 256), (torch.float16, 40, 8, 128, 16)]
     for dtype, heads, kv_heads, head_dim, block_size in shapes:
-        decode = attention_decode.decode_config(capability, head_dim, dtype.itemsize)
-        constants = attention_decode.decode_constants(heads, kv_heads, head_dim, block_size, decode, dtype)
-        options = {"num_warps": decode.num_warps, "num_stages": decode.num_stages}
-        cases.append((f"decode {dtype} {head_dim}", attention_decode._decode_kernel, dtype, constants, options))
+        for rows, fused in ((1, False), (1, True), (16, True), (64, False)):
+            decode = attention_decode.decode_config(capability, head_dim, dtype.itemsize, rows)
+            constants = attention_decode.decode_constants(heads, kv_heads, head_dim, block_size, decode, dtype)
+            constants |= {"FUSED": fused, "NORM": fused, "PRELOAD": fused and rows == 1}
+            if not fused:
+                constants |= dict.fromkeys(("q_weight_ptr", "k_weight_ptr", "cos_sin_ptr"))
+            options = {"num_warps": decode.num_warps, "num_stages": decode.num_stages}
+            name = f"decode {dtype} {head_dim} {rows} rows, fused {fused}"
+            cases.append((name, attention_decode._decode_kernel, dtype, constants, options))
         for small in (False, True):
             prefill = attention_prefill.prefill_config(capability, head_dim, dtype.itemsize, small)
             constants = attention_prefill.prefill_constants(heads, kv_heads, head_dim, block_size, prefill, dtype)
@@ -138,15 +153,57 @@ def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
             constants |= {"q_weight_ptr": None, "k_weight_ptr": None}
         kernel = qk_norm_rope._qk_norm_rope_cache_kernel
         assert shared_memory(kernel, capability, bf16, constants, num_warps=2) <= limit
+    small_memory = SHARED_MEMORY[capability] == 99
+    for rows in (1, 2, 8):
+        for outputs, inputs, activate in (
+            (4096, 1024, False), (1024, 2048, False), (3072, 1024, True), (1024, 3072, False), (9728, 2560, True),
+            (2560, 4096, False),
+        ):  # fmt: skip
+            linear = fused_linear.linear_config(rows, outputs, inputs, activate=activate, small_memory=small_memory)
+            if linear is None:
+                continue  # cuBLAS
+            constants = fused_linear.linear_constants(rows, outputs, inputs, linear, bf16)
+            constants |= {"NORM": inputs == 1024, "ACTIVATE": activate, "ADD": not activate}
+            if inputs != 1024:
+                constants["norm_ptr"] = None
+            used = shared_memory(
+                fused_linear._linear_kernel, capability, bf16, constants, num_warps=linear.num_warps, num_stages=1
+            )
+            assert used <= limit, f"{rows} rows, {outputs} x {inputs}: {used} bytes"
     constants = {"BLOCK_SIZE": 16, "BLOCK": 128}
     assert shared_memory(step_metadata._step_metadata_kernel, capability, bf16, constants) <= limit
-    config = attention_decode.decode_config(capability, 128, 2)
-    constants = {"TILE": config.tile, "MIN_CHUNK": config.min_chunk, "ROWS": 512, "ITEM": 8, "BLOCK": 32}
+    config = attention_decode.decode_config(capability, 128, 2, 512)
+    constants = {"TILE": config.tile, "MIN_CHUNK": config.min_chunk, "LONG_CHUNK": 1024, "ROWS": 512, "ITEM": 8,
+                 "BLOCK": 32}  # fmt: skip
     assert shared_memory(attention_decode._schedule_kernel, capability, bf16, constants) <= limit
-    for noise in (False, True):
-        constants = {"VOCAB": 151936, "BLOCK": 2048, "STRETCHES": 75, "NOISE": noise}
-        if not noise:
-            constants |= dict.fromkeys(("row_slots_ptr", "temperature_ptr", "seeds_ptr", "positions_ptr"))
-        assert shared_memory(gumbel_sample._partial_kernel, capability, bf16, constants) <= limit
+    constants = {"VOCAB": 151936, "BLOCK": 2048, "STRETCHES": 75}
+    assert shared_memory(argmax_sample._partial_kernel, capability, bf16, constants) <= limit
     constants = {"STRETCHES": 75, "BLOCK": 128}
-    assert shared_memory(gumbel_sample._reduce_kernel, capability, bf16, constants, num_warps=1) <= limit
+    assert shared_memory(argmax_sample._reduce_kernel, capability, bf16, constants, num_warps=1) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_sampling_kernels_fit_the_device(capability: tuple[int, int], dtype: torch.dtype) -> None:
+    limit = SHARED_MEMORY[capability] * 1024
+    stretch, draw = gumbel_sample._stretch_kernel, gumbel_sample._draw_kernel
+    begin, search, finish = (
+        filter_threshold._begin_kernel, filter_threshold._pass_kernel, filter_threshold._finish_kernel,
+    )  # fmt: skip
+    for vocab, stretches in ((151936, 75), (1000, 1)):
+        cut = {"VOCAB": vocab, "BLOCK": min(2048, triton.next_power_of_2(vocab)), "STRETCHES": stretches,
+               "DEPENDENT": capability >= (9, 0)}  # fmt: skip
+        for absent in (("threshold_ptr", "lowest_ptr"), ("threshold_ptr",), ("lowest_ptr",)):
+            assert shared_memory(stretch, capability, dtype, cut | dict.fromkeys(absent)) <= limit
+        padded = {"PADDED": triton.next_power_of_2(stretches)}
+        for absent in ((), ("threshold_ptr",)):
+            constants = cut | {"PADDED": max(4, padded["PADDED"])} | dict.fromkeys(absent)
+            assert shared_memory(draw, capability, dtype, constants, num_warps=8) <= limit
+        shift = {"SHIFT": filter_threshold._SHIFT[dtype]}
+        constants = cut | padded | shift
+        del constants["BLOCK"]
+        assert shared_memory(begin, capability, dtype, constants) <= limit
+        constants = cut | padded | shift | {"PIVOTS": filter_threshold.PIVOTS}
+        for absent in ((), ("last_value_ptr",)):
+            assert shared_memory(search, capability, dtype, constants | dict.fromkeys(absent), num_warps=2) <= limit
+        assert shared_memory(finish, capability, dtype, constants, num_warps=8) <= limit

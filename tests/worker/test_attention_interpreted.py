@@ -14,7 +14,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_kernels.py in Triton's interpreter", allow_module_level=True)
 
-from worker.attention import create_backend
+from worker.attention import QueryKeyTransform, create_backend
 from worker.attention.testing import PagedBatch, dense_attention, random_batch
 from worker.kernels.attention_decode import (
     DecodeWorkspace,
@@ -79,12 +79,13 @@ def test_decode_kernel_and_reference_agree_with_dense_attention(lens: str, shape
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    schedule_decode(metadata.row_slots, metadata.kv_lens, rows, workspace)
+    schedule_decode(metadata.row_slots, metadata.kv_lens, metadata.decode_rows, rows, workspace)
     count = int(workspace.num_items)
-    assert rows <= count <= rows + workspace.splits
+    config, splits = workspace.plan(rows)
+    assert rows <= count <= rows + 2 * splits
     items = workspace.items[:count]
     assert int((items[:, 2] - items[:, 1]).sum()) == sum(kv_lens)
-    if max(kv_lens) > 2 * workspace.config.min_chunk:
+    if max(kv_lens) > 2 * config.min_chunk:
         assert count > rows  # the long row is shared out
     for _ in range(2):  # the counters that the first launch leaves serve the second
         out = torch.full((rows, heads, head_dim), float("nan"))
@@ -113,6 +114,56 @@ def test_decode_kernel_and_reference_agree_with_dense_attention(lens: str, shape
     assert_agrees(reference, batch)
 
 
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("lens", DECODE)
+def test_fused_decode_does_what_two_kernels_do(lens: str, shape: tuple[int, int, int, int], norm: bool) -> None:
+    """From the raw product, in one kernel: the same attention, the same keys and values in the cache."""
+    kv_lens = DECODE[lens]
+    rows = len(kv_lens)
+    heads, kv_heads, head_dim, block_size = shape
+    batch = random_batch(
+        [1] * rows, kv_lens, num_decode_rows=rows, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+        block_size=block_size,
+    )  # fmt: skip
+    metadata = batch.metadata
+    live = metadata.kv_lens > 0
+    metadata.positions = (metadata.kv_lens - 1).clamp(min=0)
+    blocks = metadata.block_table[metadata.row_slots.long(), metadata.positions.long() // block_size]
+    offsets = torch.where(live, metadata.positions % block_size, torch.arange(rows) % block_size)
+    metadata.cache_slots = torch.where(live, blocks.long(), 0) * block_size + offsets
+    angles = torch.randn(2000, head_dim // 2) * 6
+    weights = torch.randn(2, head_dim).unbind() if norm else (None, None)
+    transform = QueryKeyTransform(*weights, 1e-6, torch.cat((angles.cos(), angles.sin()), dim=-1))
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim)
+    outs, caches = [], []
+    for name in ("triton", "torch"):
+        backend = create_backend(
+            name, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, max_rows=rows,
+            max_blocks_per_row=metadata.block_table.shape[1], device=torch.device("cpu"), dtype=torch.float32,
+        )  # fmt: skip
+        cache = torch.stack([batch.key_cache, batch.value_cache])
+        backend.prepare(metadata)
+        outs.append(backend.attend(qkv.clone(), transform, cache[0], cache[1], metadata))
+        caches.append(cache[:, 1:])  # block 0 is written by padding rows
+    torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(caches[0], caches[1], atol=1e-5, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("step", PREFILL)
+def test_a_step_whose_mixture_only_the_device_knows(step: str) -> None:
+    """As a captured mixed step: the host knows the sizes alone, rows and tokens are padded."""
+    query_lens, kv_lens, decode, padding = PREFILL[step]
+    batch = random_batch([*query_lens, 0, 0], [*kv_lens, 0, 0], num_decode_rows=decode, padding_tokens=padding + 7)
+    batch.metadata.num_decode_rows = None
+    backend = create_backend(
+        "triton", num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, max_rows=len(query_lens) + 2,
+        max_blocks_per_row=batch.metadata.block_table.shape[1], device=torch.device("cpu"), dtype=torch.float32,
+    )  # fmt: skip
+    backend.prepare(batch.metadata)
+    assert_agrees(backend.forward(batch.query, batch.key_cache, batch.value_cache, batch.metadata), batch)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("step", PREFILL)
 def test_prefill_kernel_and_reference_agree_with_dense_attention(step: str, shape: tuple[int, int, int, int]) -> None:
@@ -139,8 +190,8 @@ def test_prefill_kernel_and_reference_agree_with_dense_attention(step: str, shap
             metadata.row_slots,
             metadata.query_start,
             metadata.kv_lens,
+            metadata.decode_rows,
             head_dim**-0.5,
-            decode,
             out,
         )
         assert out[:decode].isnan().all()  # the decode rows are not its to write
@@ -159,8 +210,8 @@ def test_prefill_of_many_tokens_uses_the_large_tile() -> None:
         metadata.row_slots,
         metadata.query_start,
         metadata.kv_lens,
+        metadata.decode_rows,
         64**-0.5,
-        0,
         out,
     )
     assert_agrees(out, batch)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from core.step_time import RelativeCosts, StepTimeModel, StepWork
 from protocol.sampling import SamplingParams
 from tests.support.engine import InProcessEngine
 from tests.support.models import MODEL_DIR, greedy_reference, make_random_model, random_prompts, reference_model
@@ -57,11 +58,37 @@ def test_greedy_tokens_equal_transformers(
         assert engine.scheduler.stats().prefix_cache_hits > hits_before
 
 
+@pytest.mark.parametrize("num_blocks", [FEW_BLOCKS, None], ids=["few-blocks", "blocks"])
+def test_greedy_tokens_are_the_same_when_step_time_is_bounded(
+    case: tuple[Path, list[list[int]], list[list[int]]], num_blocks: int | None
+) -> None:
+    model, prompts, expected = case
+    step_time = StepTimeModel(1e-3, RelativeCosts(pair=1e-3, cached_token=1e-3), min_chunk=16)
+    # Decodes are fast and prefill slow, so that all but the first prompts come in chunks of a block.
+    step_time.observe(StepWork(context=100), 1e-9)
+    step_time.observe(StepWork(context=0, tokens=100), 1.0)
+    options = {"device": "cpu", "max_num_seqs": 16, "max_model_len": 192, "kv_cache_memory": "64MiB"}
+    engine = InProcessEngine(model, step_time, **options, num_gpu_blocks_override=num_blocks)
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    assert engine.generate(prompts, params) == expected
+    unbounded = InProcessEngine(model, **options, num_gpu_blocks_override=num_blocks)
+    assert unbounded.generate(prompts, params) == expected
+    assert engine.scheduler.stats().num_steps > unbounded.scheduler.stats().num_steps
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_seeded_draws_do_not_depend_on_the_batch(temperature: float) -> None:
     prompts = random_prompts(12, 300)
     params = [
-        SamplingParams(temperature=temperature, top_p=0.9, top_k=40 * (i % 2), seed=i, max_tokens=40, ignore_eos=True)
+        SamplingParams(
+            temperature=temperature,
+            top_p=0.9,
+            top_k=40 * (i % 2),
+            min_p=0.02 * (i % 3),
+            seed=i,
+            max_tokens=40,
+            ignore_eos=True,
+        )
         for i in range(12)
     ]
     options = {"device": "cpu", "max_model_len": 256, "kv_cache_memory": "32MiB"}

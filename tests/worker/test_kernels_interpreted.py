@@ -7,6 +7,7 @@ its own, with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_kernels.py in Triton's interpreter", allow_module_level=True)
 
-from worker.kernels import ops
+from tests.support.sampling import assert_drawn_from, kept_by_definition
+from worker.kernels import filter_threshold, gumbel_sample, ops
 from worker.kernels.gumbel_sample import gumbel_noise
 
 KERNELS, REFERENCES = ops.TRITON, ops.REFERENCE
@@ -40,6 +42,23 @@ def test_rms_norm(tokens: int, hidden: int) -> None:
 def test_silu_mul(tokens: int, intermediate: int) -> None:
     gate_up = torch.randn(tokens, 2 * intermediate) * 3
     torch.testing.assert_close(KERNELS.silu_mul(gate_up), REFERENCES.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 16, 17])
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 64), (50, 100), (130, 1030), (3, 2100)])
+def test_fused_linears(outputs: int, inputs: int, rows: int) -> None:
+    x = (torch.randn(rows, inputs + 32) * 2)[:, :-32]
+    norm_weight = torch.randn(inputs)
+    weight, gate_up = torch.randn(outputs, inputs) / 8, torch.randn(2 * outputs, inputs) / 8
+    for name, *arguments in (("norm_linear", weight), ("norm_linear_silu_mul", gate_up)):
+        got = getattr(KERNELS, name)(x, norm_weight, 1e-6, *arguments)
+        torch.testing.assert_close(
+            got, getattr(REFERENCES, name)(x, norm_weight, 1e-6, *arguments), atol=1e-4, rtol=1e-5
+        )
+    residual = torch.randn(rows, outputs)
+    expected = residual + x @ weight.T
+    KERNELS.linear_add(x, weight, residual)
+    torch.testing.assert_close(residual, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -84,16 +103,22 @@ def test_step_metadata(query_lens: list[int], padding: int, null_rows: list[int]
     query_start = torch.tensor([0, *query_lens]).cumsum(0).int()
     seq_lens = torch.randint(0, 60, (rows + 3,), dtype=torch.int32)
     block_table = torch.randint(1, 99, (rows + 3, 20), dtype=torch.int32)
+    last_token = torch.randint(0, 99, (rows + 3,), dtype=torch.int32)
+    decode = next((row for row, count in enumerate(query_lens) if count != 1), rows)
     tokens = sum(query_lens) + padding
     results = []
     for implementation in (KERNELS, REFERENCES):
+        token_ids = torch.full((tokens,), -9, dtype=torch.int32)
         positions = torch.full((tokens,), -9, dtype=torch.int32)
         cache_slots = torch.full((tokens,), -9, dtype=torch.int64)
         kv_lens = torch.full((rows,), -9, dtype=torch.int32)
         implementation.step_metadata(
-            row_slots, query_start, seq_lens, block_table, block_size, positions, cache_slots, kv_lens
-        )
-        results.append((positions, cache_slots, kv_lens))
+            row_slots, query_start, torch.tensor([decode], dtype=torch.int32), seq_lens, last_token, block_table,
+            block_size, token_ids, positions, cache_slots, kv_lens,
+        )  # fmt: skip
+        results.append((positions, cache_slots, kv_lens, token_ids))
+    assert torch.equal(results[0][3][:decode], last_token[row_slots[:decode]])
+    assert (results[0][3][decode:] == -9).all()
     for row, count in enumerate(query_lens):  # what it should be, said without either implementation
         live = row not in null_rows and count > 0
         cached = int(seq_lens[row_slots[row]])
@@ -130,11 +155,129 @@ def test_sample(vocab: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(greedy, KERNELS.sample(logits, row_slots, temperature * 0, seeds, positions))
 
 
-def test_the_kernel_adds_the_noise_that_the_reference_states() -> None:
-    """With equal logits the token is the arg-max of the noise alone, at every position."""
-    rows, vocab = 64, 1000
+def test_the_kernel_adds_the_noise_that_the_reference_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With equal logits the stretch is the arg-max of the noise alone, and so is the token in it, at every position."""
+    monkeypatch.setattr(gumbel_sample, "STRETCH", 128)
+    rows, vocab = 64, 1024
     slots = torch.arange(rows, dtype=torch.int32)
     seeds = torch.arange(rows + 1) * 7_000_000_007
     positions = torch.arange(rows, dtype=torch.int32) * 31
     token = KERNELS.sample(torch.zeros(rows, vocab), slots, torch.ones(rows + 1), seeds, positions)
-    assert torch.equal(token.long(), gumbel_noise(seeds[:-1], positions, vocab).argmax(-1))
+    start = 128 * gumbel_noise(seeds[:-1], positions, 0 * seeds[:-1], vocab // 128, 1).argmax(-1)
+    assert torch.equal(token.long(), start + gumbel_noise(seeds[:-1], positions, start, 128, 0).argmax(-1))
+
+
+def test_the_kernel_draws_the_distribution() -> None:
+    draws, vocab = 300, 8
+    logits = torch.linspace(-1.2, 1.2, vocab)
+    slots = torch.zeros(draws, dtype=torch.int32)
+    positions = torch.arange(draws, dtype=torch.int32)
+    threshold = torch.full((draws,), -0.7)
+    tokens = KERNELS.sample(
+        logits.expand(draws, vocab), slots, torch.tensor([0.8]), torch.tensor([5]), positions, threshold
+    )
+    assert_drawn_from(tokens, (logits / 0.8).masked_fill(logits < -0.7, -torch.inf).softmax(-1))
+
+
+FILTERS = [  # temperature, top_k, top_p, min_p
+    (1.0, 0, 0.9, 0.0),
+    (0.7, 5, 1.0, 0.0),
+    (1.3, 50, 0.8, 0.0),
+    (1.0, 1, 0.5, 0.0),
+    (0.01, 0, 0.999, 0.0),
+    (100.0, 299, 0.3, 0.0),
+    (1.0, 300, 1.0, 0.0),
+    (1.0, 2**31 - 1, 0.4, 0.0),
+    (1.0, 0, 1e-46, 0.0),
+    (1.0, 7, 1e-3, 0.0),
+    (1.0, 0, 1.0, 0.1),
+    (1.0, 0, 1.0, 1.0),
+    (1.5, 20, 0.95, 0.05),
+    (0.8, 0, 0.6, 1e-30),
+    (1.0, 0, 1.0, 0.0),
+    (0.0, 3, 0.5, 0.5),
+]
+
+
+def spread(vocab: int) -> torch.Tensor:
+    return torch.randn(vocab) * 3
+
+
+def with_ties(vocab: int) -> torch.Tensor:
+    return (torch.randn(vocab) * 3).round()
+
+
+def all_equal(vocab: int) -> torch.Tensor:
+    return torch.full((vocab,), -2.5)
+
+
+def mostly_masked(vocab: int) -> torch.Tensor:
+    logits = torch.full((vocab,), -torch.inf)
+    logits[torch.randperm(vocab)[:6]] = torch.randn(6)
+    return logits
+
+
+def around_zero(vocab: int) -> torch.Tensor:
+    """Both zeros, and values of every size next to them: most of them differ by less than the search's first steps."""
+    logits = torch.randn(vocab) * torch.exp2(-torch.randint(0, 100, (vocab,)).float())
+    logits[:9], logits[9:20] = 0.0, -0.0
+    return logits
+
+
+def extreme(vocab: int) -> torch.Tensor:
+    logits = torch.randn(vocab) * 1e30
+    logits[:2] = torch.tensor([3e38, -3e38])
+    return logits
+
+
+@pytest.mark.parametrize("make", [spread, with_ties, all_equal, mostly_masked, around_zero, extreme])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_filter_threshold(
+    make: Callable[[int], torch.Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels keep what a sort keeps, with the vocabulary cut into stretches of 64."""
+    monkeypatch.setattr(gumbel_sample, "STRETCH", 64)
+    torch.manual_seed(5)
+    rows, vocab = len(FILTERS), 300
+    logits = torch.stack([make(vocab) for _ in range(rows)]).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    logits = torch.where(logits.isfinite(), logits, -torch.inf).to(dtype)
+    columns = [torch.tensor([*column, 0]) for column in zip(*FILTERS)]
+    options = columns[0].float(), columns[1].int(), columns[2].float(), columns[3].float()
+    slots = torch.randperm(rows, dtype=torch.int32)
+    logits = logits[slots]
+    for implementation in (KERNELS, REFERENCES):
+        threshold = implementation.filter_threshold(logits, slots, *options)
+        for row in range(rows):
+            temperature, top_k, top_p, min_p = FILTERS[slots[row]]
+            if temperature == 0 or (top_k in (0, vocab) and top_p == 1 and min_p == 0):
+                assert threshold[row] == -torch.inf
+                continue
+            must, may = kept_by_definition(logits[row].float(), temperature, top_k, top_p, min_p, 1e-6)
+            kept = (logits[row] >= threshold[row]) & (logits[row] > -torch.inf)
+            assert not (must & ~kept).any(), (implementation is KERNELS, FILTERS[slots[row]])
+            assert not (kept & ~may).any(), (implementation is KERNELS, FILTERS[slots[row]])
+
+
+def test_rows_without_a_usable_logit_end_the_search() -> None:
+    logits = torch.randn(4, 50)
+    logits[0, 3], logits[1, 3], logits[2], logits[3] = torch.nan, torch.inf, -torch.inf, torch.nan
+    slots, ones = torch.arange(4, dtype=torch.int32), torch.ones(5)
+    threshold = KERNELS.filter_threshold(logits, slots, ones, ones.int() * 5, ones * 0.9, ones * 0.1)
+    tokens = KERNELS.sample(logits, slots, ones, torch.arange(5), slots, threshold)
+    assert tokens.tolist() == [-1] * 4
+
+
+def test_what_a_row_keeps_and_draws_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows are split over more programs than many; sums are the same to the last bit."""
+    monkeypatch.setattr(gumbel_sample, "STRETCH", 64)
+    monkeypatch.setattr(filter_threshold, "_PROGRAMS", 8)
+    logits = torch.randn(8, 500).to(torch.bfloat16)
+    slots, ones = torch.arange(8, dtype=torch.int32), torch.ones(9)
+    options = (ones, 0 * ones.int(), ones * 0.8, 0 * ones)
+    together = KERNELS.filter_threshold(logits, slots, *options)
+    tokens = KERNELS.sample(logits, slots, ones, torch.arange(9), slots, together)
+    for row in range(8):
+        mine = slice(row, row + 1)
+        assert torch.equal(KERNELS.filter_threshold(logits[mine], slots[mine], *options), together[mine])
+        alone = KERNELS.sample(logits[mine], slots[mine], ones, torch.arange(9), slots[mine], together[mine])
+        assert torch.equal(alone, tokens[mine])

@@ -30,11 +30,11 @@ class LogitsRunner:
         self._next_step += 1
         rows = len(pending.tobytes()) // 4
         with torch.inference_mode():
-            return self.runner._model.logits(self.runner._head_input[:rows])
+            return self.runner.program.logits(rows)
 
 
 def admit(slot: int, tokens: list[int], blocks: list[int], num_computed: int = 0) -> AdmittedSlot:
-    return AdmittedSlot(slot, pack_ints(tokens), len(tokens), num_computed, pack_ints(blocks), 0.0, 0, 1.0, 0)
+    return AdmittedSlot(slot, pack_ints(tokens), len(tokens), num_computed, pack_ints(blocks), 0.0, 0, 1.0, 0.0, 0)
 
 
 @pytest.mark.parametrize("which", ["bundled", "random"])

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 
 from worker.attention.interface import AttentionBackend, AttentionMetadata
+from worker.kernels.qk_norm_rope import QueryKeyTransform
 
 BACKENDS = ("torch", "triton", "flash_attn")
 
-__all__ = ["BACKENDS", "AttentionBackend", "AttentionMetadata", "create_backend"]
+__all__ = ["BACKENDS", "AttentionBackend", "AttentionMetadata", "QueryKeyTransform", "create_backend"]
 
 
 def create_backend(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from worker.attention.interface import AttentionMetadata
+from worker.attention.interface import AttentionMetadata, write_keys_and_values
+from worker.kernels.qk_norm_rope import QueryKeyTransform
 
 
 class FlashAttnAttention:
@@ -33,12 +34,25 @@ class FlashAttnAttention:
     def prepare(self, metadata: AttentionMetadata) -> None:
         """Gathers the rows' block tables and the prefill rows' bounds."""
         rows, decode = metadata.row_slots.shape[0], metadata.num_decode_rows
+        assert decode is not None, "this backend is captured for decode steps alone"
         torch.index_select(metadata.block_table, 0, metadata.row_slots, out=self._table[:rows])
         if decode < rows:
             torch.cumsum(metadata.kv_lens[decode:], 0, dtype=torch.int32, out=self._kv_start[1 : rows - decode + 1])
             torch.sub(metadata.query_start[decode:], decode, out=self._query_start[: rows - decode + 1])
             tokens = torch.arange(metadata.positions.shape[0], device=self._table.device)
             self._padding = (tokens >= metadata.query_start[-1])[:, None, None]
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        transform: QueryKeyTransform,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        query = write_keys_and_values(qkv, transform, key_cache, value_cache, metadata)
+        return self.forward(query, key_cache, value_cache, metadata)
 
     def forward(
         self,
@@ -49,6 +63,7 @@ class FlashAttnAttention:
     ) -> torch.Tensor:
         """See `AttentionBackend.forward`."""
         rows, decode = metadata.row_slots.shape[0], metadata.num_decode_rows
+        assert decode is not None, "this backend is captured for decode steps alone"
         parts = []
         if decode:
             out = self._flash_attn.flash_attn_with_kvcache(

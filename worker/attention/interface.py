@@ -11,6 +11,9 @@ from typing import Protocol
 
 import torch
 
+from worker.kernels import select
+from worker.kernels.qk_norm_rope import QueryKeyTransform
+
 
 @dataclass(slots=True)
 class AttentionMetadata:
@@ -24,7 +27,8 @@ class AttentionMetadata:
     positions `0..kv_lens[row]-1`, causally: its query `i` of `n` sits at position `kv_lens[row] - n + i`.
     """
 
-    num_decode_rows: int
+    num_decode_rows: int | None  # None in a captured step, which serves any number: then only `decode_rows` knows
+    decode_rows: torch.Tensor  # [1] int32, the same on the device
     row_slots: torch.Tensor  # [rows] int32, the slot of each row
     query_start: torch.Tensor  # [rows + 1] int32, first token of each row; the last entry is the token count
     kv_lens: torch.Tensor  # [rows] int32, cached length of each row after this step (0 for padding rows)
@@ -42,6 +46,25 @@ class AttentionBackend(Protocol):
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         """Does once what every layer of the step needs. Runs inside a captured graph: device work only."""
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        transform: QueryKeyTransform,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """From a layer's qkv product to attended values: normalises and rotates queries and keys, writes keys and
+        values to the cache, and calls `forward` or does the same in one kernel.
+
+        Args:
+            qkv: [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; may be overwritten.
+            transform: the layer's.
+
+        Returns:
+            As `forward`.
+        """
 
     def forward(
         self,
@@ -62,3 +85,17 @@ class AttentionBackend(Protocol):
             [tokens, num_heads, head_dim], contiguous, in the query's dtype. Rows of padding tokens hold any finite
             value.
         """
+
+
+def write_keys_and_values(
+    qkv: torch.Tensor,
+    transform: QueryKeyTransform,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    metadata: AttentionMetadata,
+) -> torch.Tensor:
+    """The first half of `attend`, in one kernel of its own. Returns the queries, [tokens, num_heads, head_dim]."""
+    return select(qkv.device).qk_norm_rope_cache(
+        qkv, transform.q_weight, transform.k_weight, transform.eps, transform.cos_sin,
+        metadata.positions, metadata.cache_slots, key_cache, value_cache,
+    )  # fmt: skip

@@ -70,6 +70,7 @@ def random_batch(
     starts = torch.tensor([0, *query_lens]).cumsum(0).int()
     metadata = AttentionMetadata(
         num_decode_rows=num_decode_rows,
+        decode_rows=torch.tensor([num_decode_rows], dtype=torch.int32, device=device),
         row_slots=slots.to(device),
         query_start=starts.to(device),
         kv_lens=torch.tensor(kv_lens, dtype=torch.int32, device=device),

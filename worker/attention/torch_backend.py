@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from worker.attention.interface import AttentionMetadata
+from worker.attention.interface import AttentionMetadata, write_keys_and_values
+from worker.kernels.qk_norm_rope import QueryKeyTransform
 
 # A group of decode rows ends where the next row is shorter than this share of the group's longest: a lower share
 # makes fewer, larger products of more padding.
@@ -60,6 +61,7 @@ class TorchAttention:
         kv_lens = metadata.kv_lens.tolist()
         starts = metadata.query_start.tolist()
         decode = metadata.num_decode_rows
+        assert decode is not None, "this backend runs eagerly"
         live = [row for row in range(decode) if kv_lens[row] > 0]
         live.sort(key=kv_lens.__getitem__)
         self._decode = []
@@ -117,6 +119,18 @@ class TorchAttention:
         if end - start < kv_len:
             mask = positions[None, :] <= positions[kv_len - (end - start) :, None]
         return _PrefillRow(start=start, end=end, tokens=tokens.flatten(), mask=mask)
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        transform: QueryKeyTransform,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`."""
+        query = write_keys_and_values(qkv, transform, key_cache, value_cache, metadata)
+        return self.forward(query, key_cache, value_cache, metadata)
 
     def forward(
         self,

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from worker.attention.interface import AttentionMetadata
+from worker.attention.interface import AttentionMetadata, write_keys_and_values
 from worker.kernels.attention_decode import DecodeWorkspace, paged_decode_attention, schedule_decode
 from worker.kernels.attention_prefill import paged_prefill_attention
+from worker.kernels.qk_norm_rope import QueryKeyTransform
+
+# Decode rows up to which normalisation, rotation and the cache write are part of the attention kernel. In larger steps
+# what that costs in registers, and so in programs an SM, is more than the kernel it saves.
+MOST_FUSED_ROWS = 48
 
 
 class TritonAttention:
@@ -31,6 +36,7 @@ class TritonAttention:
     ):
         if block_size < 16 or block_size & (block_size - 1):
             raise ValueError(f"block_size={block_size}: triton attention needs a power of two of at least 16")
+        self._head_dim = head_dim
         self._scale = head_dim**-0.5
         self._workspace = DecodeWorkspace.create(
             max_rows=max_rows,
@@ -43,8 +49,36 @@ class TritonAttention:
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         """Makes the decode rows' work list."""
-        if metadata.num_decode_rows:
-            schedule_decode(metadata.row_slots, metadata.kv_lens, metadata.num_decode_rows, self._workspace)
+        if metadata.num_decode_rows != 0:
+            schedule_decode(
+                metadata.row_slots, metadata.kv_lens, metadata.decode_rows, self._most_decode_rows(metadata),
+                self._workspace,
+            )  # fmt: skip
+
+    @staticmethod
+    def _most_decode_rows(metadata: AttentionMetadata) -> int:
+        rows = metadata.row_slots.shape[0]
+        return rows if metadata.num_decode_rows is None else metadata.num_decode_rows
+
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        transform: QueryKeyTransform,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.attend`. Small decode steps are one kernel, which has registers to spare there."""
+        tokens = qkv.shape[0]
+        if metadata.num_decode_rows == tokens <= MOST_FUSED_ROWS:
+            heads = qkv.view(tokens, -1, self._head_dim)
+            num_heads = heads.shape[1] - 2 * key_cache.shape[2]
+            out = torch.empty((tokens, num_heads, self._head_dim), dtype=qkv.dtype, device=qkv.device)
+            return paged_decode_attention(
+                heads, key_cache, value_cache, metadata.block_table, self._workspace, self._scale, out, transform
+            )
+        query = write_keys_and_values(qkv, transform, key_cache, value_cache, metadata)
+        return self.forward(query, key_cache, value_cache, metadata)
 
     def forward(
         self,
@@ -55,18 +89,18 @@ class TritonAttention:
     ) -> torch.Tensor:
         """See `AttentionBackend.forward`."""
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        decode = metadata.num_decode_rows
-        if decode:
+        most_decode = self._most_decode_rows(metadata)
+        if most_decode:
             paged_decode_attention(
-                query[:decode],
+                query[:most_decode],
                 key_cache,
                 value_cache,
                 metadata.block_table,
                 self._workspace,
                 self._scale,
-                out[:decode],
+                out[:most_decode],
             )
-        if decode < query.shape[0]:
+        if metadata.num_decode_rows != query.shape[0]:
             paged_prefill_attention(
                 query,
                 key_cache,
@@ -75,8 +109,9 @@ class TritonAttention:
                 metadata.row_slots,
                 metadata.query_start,
                 metadata.kv_lens,
+                metadata.decode_rows,
                 self._scale,
-                decode,
                 out,
+                least_decode_rows=metadata.num_decode_rows or 0,
             )
         return out

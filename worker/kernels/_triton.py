@@ -6,11 +6,15 @@ has the references that stand beside them; launching a kernel there fails with a
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
+
+import torch
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     INTERPRETED: bool = triton.knobs.runtime.interpret  # kernels run on the CPU, in Triton's interpreter
 except ImportError:
@@ -27,8 +31,24 @@ except ImportError:
 
     triton: Any = _MissingTriton()  # type: ignore[no-redef]
     tl: Any = None  # type: ignore[no-redef]
+    gdc_launch_dependents = gdc_wait = None
 
-__all__ = ["INTERPRETED", "cdiv", "next_power_of_2", "tl", "triton"]
+__all__ = [
+    "INTERPRETED", "cdiv", "dependent_launch", "gdc_launch_dependents", "gdc_wait", "next_power_of_2", "tl", "triton",
+]  # fmt: skip
+
+
+@cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that takes part in programmatic dependent launch, where the device has it.
+
+    Such a kernel lets the next one begin at once, and itself waits (`gdc_wait`) before it touches what another kernel
+    writes. Every program must wait, also one with nothing to do: that a kernel has finished then means that all before
+    it have. Before the wait it may read what earlier steps wrote, or what a kernel wrote that an ordinary launch has
+    already waited for, and write nothing.
+    """
+    on = device.type == "cuda" and not INTERPRETED and torch.cuda.get_device_capability(device)[0] >= 9
+    return {"DEPENDENT": on, **({"launch_pdl": True} if on else {})}
 
 
 def cdiv(a: int, b: int) -> int:

@@ -12,9 +12,20 @@ from dataclasses import dataclass
 
 import torch
 
-from worker.kernels._triton import cdiv, next_power_of_2, tl, triton
+from worker.kernels._triton import (
+    cdiv,
+    dependent_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    next_power_of_2,
+    tl,
+    triton,
+)
+from worker.kernels.qk_norm_rope import QueryKeyTransform
 
-_ITEM = 8  # int32 fields of a work item (32 bytes, one sector): slot, start, end, row, first item of the row, count
+# int32 fields of a work item (32 bytes, one sector): slot, start, end, row; the row's first item, items, length.
+_ITEM = 8
+_LONG_CHUNK = 1024  # cached tokens of an item that is worth halving to shorten the tail
 _COMBINE = 64  # fp32 values a thread of the combining program loads together
 
 
@@ -29,13 +40,22 @@ class DecodeConfig:
     min_chunk: int  # cached tokens below which a row is not split: a second program costs more than it saves
 
 
-def decode_config(capability: tuple[int, int], head_dim: int, element_size: int) -> DecodeConfig:
-    """The configuration for a device of `capability`, within its shared memory (99 KiB on sm_89 and sm_120)."""
+FEW_ROWS = 8
+
+
+def decode_config(capability: tuple[int, int], head_dim: int, element_size: int, rows: int) -> DecodeConfig:
+    """The configuration for `rows` rows on a device of `capability`, within its shared memory (99 KiB on sm_89 and
+    sm_120).
+
+    Few rows do not fill the device with programs, so that each program's own loads must: larger tiles, by more warps.
+    """
     token_bytes = 2 * next_power_of_2(head_dim) * element_size  # a key and a value
-    tile = 64 if token_bytes <= 512 else 32
     large = capability in ((8, 0), (9, 0), (10, 0), (10, 3))  # at least 163 KiB of shared memory
+    if large and rows <= FEW_ROWS and token_bytes <= 512:
+        return DecodeConfig(tile=128, num_warps=4, num_stages=4, programs_per_sm=2, min_chunk=128)
+    tile = 64 if token_bytes <= 512 else 32
     return DecodeConfig(
-        tile=tile, num_warps=2, num_stages=4 if large else 3, programs_per_sm=3 if large else 2, min_chunk=128
+        tile=tile, num_warps=2, num_stages=4 if large else 3, programs_per_sm=4 if large else 2, min_chunk=128
     )
 
 
@@ -43,14 +63,21 @@ def decode_config(capability: tuple[int, int], head_dim: int, element_size: int)
 class DecodeWorkspace:
     """Device memory that scheduling and splitting need; one serves all layers, which run one after another."""
 
-    config: DecodeConfig
-    splits: int  # work items that the split aims at; a step has at most rows + splits of them
+    few: DecodeConfig  # for steps of at most FEW_ROWS rows
+    many: DecodeConfig
+    work_units: float  # processors over key/value heads: programs of one head that run side by side, one an SM
     max_rows: int
-    items: torch.Tensor  # [max_rows + splits, _ITEM] int32
+    items: torch.Tensor  # [max_rows + 2 * most splits, _ITEM] int32
     num_items: torch.Tensor  # [1] int32
     arrived: torch.Tensor  # [max_rows, num_kv_heads] int32, items done of a row; every launch leaves it zero
-    partial_out: torch.Tensor  # [max_rows + splits, num_heads, head_dim] fp32
-    partial_lse: torch.Tensor  # [max_rows + splits, num_heads] fp32, log2 of the sum of exponentials
+    partial_out: torch.Tensor  # [max_rows + 2 * most splits, num_heads, head_dim] fp32
+    partial_lse: torch.Tensor  # [max_rows + 2 * most splits, num_heads] fp32, log2 of the sum of exponentials
+
+    def plan(self, rows: int) -> tuple[DecodeConfig, int]:
+        """The configuration for a step of `rows` decode rows, and how many splits make one wave: the step has at most
+        rows + 2 * splits work items."""
+        config = self.few if rows <= FEW_ROWS else self.many
+        return config, max(1, int(self.work_units * config.programs_per_sm))
 
     @staticmethod
     def create(
@@ -68,51 +95,61 @@ class DecodeWorkspace:
             capability, processors = (properties.major, properties.minor), properties.multi_processor_count
         else:  # Triton's interpreter
             capability, processors = (8, 0), 4
-        config = decode_config(capability, head_dim, dtype.itemsize)
-        splits = max(1, processors * config.programs_per_sm // num_kv_heads)
-        max_items = max_rows + splits
+        few, many = (decode_config(capability, head_dim, dtype.itemsize, rows) for rows in (1, FEW_ROWS + 1))
+        units = processors / num_kv_heads
+        most_items = max_rows + 2 * max(1, int(units * max(few.programs_per_sm, many.programs_per_sm)))
         return DecodeWorkspace(
-            config=config,
-            splits=splits,
+            few=few,
+            many=many,
+            work_units=units,
             max_rows=max_rows,
-            items=torch.zeros((max_items, _ITEM), dtype=torch.int32, device=device),
+            items=torch.zeros((most_items, _ITEM), dtype=torch.int32, device=device),
             num_items=torch.zeros(1, dtype=torch.int32, device=device),
             arrived=torch.zeros((max_rows, num_kv_heads), dtype=torch.int32, device=device),
-            partial_out=torch.empty((max_items, num_heads, head_dim), dtype=torch.float32, device=device),
-            partial_lse=torch.empty((max_items, num_heads), dtype=torch.float32, device=device),
+            partial_out=torch.empty((most_items, num_heads, head_dim), dtype=torch.float32, device=device),
+            partial_lse=torch.empty((most_items, num_heads), dtype=torch.float32, device=device),
         )
 
 
-@triton.jit(do_not_specialize=["rows", "splits"], do_not_specialize_on_alignment=["row_slots_ptr", "kv_lens_ptr"])
+@triton.jit(
+    do_not_specialize=["splits"],
+    do_not_specialize_on_alignment=["row_slots_ptr", "kv_lens_ptr", "decode_rows_ptr"],
+)
 def _schedule_kernel(
     row_slots_ptr,
     kv_lens_ptr,
+    decode_rows_ptr,
     items_ptr,
     num_items_ptr,
-    rows,
     splits,
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
+    LONG_CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     ITEM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
+    rows = tl.load(decode_rows_ptr)
     offsets = tl.arange(0, ROWS)
     in_rows = offsets < rows
     lens = tl.load(kv_lens_ptr + offsets, mask=in_rows, other=0)
-    # Summed over rows, ceil(len / chunk) <= splits + rows, which bounds the launch whatever the lengths are.
+    # One wave of equal items if they are short. Of long ones rather two: what runs last, alone, is then half as long.
+    # Summed over rows, ceil(len / chunk) <= 2 * splits + rows, which bounds the launch whatever the lengths are.
     chunk = (tl.sum(lens, axis=0) + splits - 1) // splits
+    chunk = tl.minimum(chunk, tl.maximum(LONG_CHUNK, (chunk + 1) // 2))
     chunk = tl.maximum((chunk + TILE - 1) // TILE * TILE, MIN_CHUNK)
     # A row's items are made equal; a row without tokens keeps one item, which writes its zeros.
     count = tl.maximum((lens + chunk - 1) // chunk, 1)
     share = ((lens + count - 1) // count + TILE - 1) // TILE * TILE
     count = tl.where(in_rows, tl.maximum((lens + share - 1) // tl.maximum(share, 1), 1), 0)
-    first = tl.sum(tl.where(offsets < row, count, 0), axis=0)
     mine = offsets == row
     items = tl.sum(tl.where(mine, count, 0), axis=0)
     length = tl.sum(tl.where(mine, lens, 0), axis=0)
     step = tl.sum(tl.where(mine, share, 0), axis=0)
+    # Rows with the largest items first (Graham's longest processing time rule): what runs last is then short.
+    before = (share > step) | ((share == step) & (offsets < row))
+    first = tl.sum(tl.where(before, count, 0), axis=0)
     if row == 0:
         tl.store(num_items_ptr, tl.sum(count, axis=0))
     slot = tl.load(row_slots_ptr + row)
@@ -127,30 +164,39 @@ def _schedule_kernel(
         tl.store(item_ptr + 3, zero + row, mask=mask)
         tl.store(item_ptr + 4, zero + first, mask=mask)
         tl.store(item_ptr + 5, zero + items, mask=mask)
+        tl.store(item_ptr + 6, zero + length, mask=mask)
 
 
-def schedule_decode(row_slots: torch.Tensor, kv_lens: torch.Tensor, rows: int, workspace: DecodeWorkspace) -> None:
-    """Cuts the first `rows` rows into work items, once a step, for every layer's `paged_decode_attention`.
+def schedule_decode(
+    row_slots: torch.Tensor,
+    kv_lens: torch.Tensor,
+    decode_rows: torch.Tensor,
+    most_rows: int,
+    workspace: DecodeWorkspace,
+) -> None:
+    """Cuts the decode rows into work items, once a step, for every layer's `paged_decode_attention`.
 
     A program a row; each computes the whole schedule from the lengths (2 KB from the L2) and writes its own part.
 
     Args:
-        row_slots: [>= rows] int32, slot of each row.
-        kv_lens: [>= rows] int32, cached tokens of each row; 0 for padding.
-        rows: decode rows, at most `workspace.max_rows`.
+        row_slots: [>= most_rows] int32, slot of each row.
+        kv_lens: [>= most_rows] int32, cached tokens of each row, the step's own included; 0 for padding.
+        decode_rows: [1] int32, how many of the rows, the first ones, are decode rows.
+        most_rows: the host's bound of that, at most `workspace.max_rows`.
         workspace: written.
     """
-    config = workspace.config
-    assert rows <= workspace.max_rows
-    _schedule_kernel[(rows,)](
+    config, splits = workspace.plan(most_rows)
+    assert most_rows <= workspace.max_rows
+    _schedule_kernel[(most_rows,)](
         row_slots,
         kv_lens,
+        decode_rows,
         workspace.items,
         workspace.num_items,
-        rows,
-        workspace.splits,
+        splits,
         TILE=config.tile,
         MIN_CHUNK=config.min_chunk,
+        LONG_CHUNK=_LONG_CHUNK,
         ROWS=next_power_of_2(workspace.max_rows),
         ITEM=_ITEM,
         BLOCK=32,
@@ -159,8 +205,69 @@ def schedule_decode(row_slots: torch.Tensor, kv_lens: torch.Tensor, rows: int, w
 
 
 @triton.jit
+def _gains(weight_ptr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
+    """A norm's weight [DIM], and the same with the halves exchanged, as rotation pairs them."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    dims = tl.arange(0, DIM)
+    in_dim = dims < HEAD_DIM
+    other = tl.where(dims < HALF, dims + HALF, dims - HALF)
+    gain = tl.load(weight_ptr + dims, mask=in_dim, other=0.0).to(tl.float32)
+    return gain, tl.load(weight_ptr + other, mask=in_dim, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _normalised_heads(
+    x_ptr, gain, other_gain, head, mask, cos, sin, eps, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, NORM: tl.constexpr
+):
+    """[heads, DIM]: RMSNorm by head and rotary embedding (rotate-half) of the heads at `x_ptr`, rounded once."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    dims = tl.arange(0, DIM)
+    other = tl.where(dims < HALF, dims + HALF, dims - HALF)
+    x = tl.load(x_ptr + head * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+    y = tl.load(x_ptr + head * HEAD_DIM + other[None, :], mask=mask, other=0.0).to(tl.float32)
+    wide = x.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / HEAD_DIM + eps)[:, None]
+        wide = wide * scale * gain[None, :]
+        y = y * scale * other_gain[None, :]
+    return (wide * cos[None, :] + tl.where(dims < HALF, -y, y) * sin[None, :]).to(x.dtype)
+
+
+@triton.jit
+def _fold(
+    acc, maximum, total, query, key, value, valid, scale_log2, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Folds a tile of keys and values into the running softmax."""
+    score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    score = tl.where(valid[None, :], score, -float("inf"))
+    new_maximum = tl.maximum(maximum, tl.max(score, axis=1) * scale_log2)
+    rescale = tl.exp2(maximum - new_maximum)
+    weight = tl.exp2(score * scale_log2 - new_maximum[:, None])
+    total = total * rescale + tl.sum(weight, axis=1)
+    acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, new_maximum, total
+
+
+@triton.jit
+def _tile_offsets(table_ptr, tile_start, end, cache_stride, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr):
+    """Where the tile's tokens are in a cache, in elements, and which of them there are."""
+    position = tile_start + tl.arange(0, TILE)
+    valid = position < end
+    if TILE <= BLOCK_SIZE:  # the tile lies in one block, as `tile_start` is a multiple of TILE
+        block = tl.load(table_ptr + tile_start // BLOCK_SIZE).to(tl.int64)
+        cache_slot = block * BLOCK_SIZE + tile_start % BLOCK_SIZE + tl.arange(0, TILE)
+    else:
+        block = tl.load(table_ptr + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+        cache_slot = block * BLOCK_SIZE + position % BLOCK_SIZE
+    return cache_slot * cache_stride, valid
+
+
+@triton.jit
 def _decode_kernel(
     query_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_sin_ptr,
     key_cache_ptr,
     value_cache_ptr,
     block_table_ptr,
@@ -173,6 +280,7 @@ def _decode_kernel(
     query_stride,
     cache_stride,
     table_stride,
+    eps,
     scale_log2,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -186,10 +294,18 @@ def _decode_kernel(
     GROUP_POW2: tl.constexpr,
     SPLITS_AT_ONCE: tl.constexpr,
     PRECISION: tl.constexpr,
+    FUSED: tl.constexpr,
+    NORM: tl.constexpr,
+    PRELOAD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
-    # Loaded together, before the first is looked at: every wait here is a memory latency that a short step feels.
+    # The schedule, the table and all keys and values but the new token's were there before this layer's first kernel
+    # was launched, so they are read before the wait. They are loaded together, before the first is looked at: every
+    # wait here is a memory latency that a short step feels.
     num_items = tl.load(num_items_ptr)
     item_ptr = items_ptr + item * ITEM
     slot = tl.load(item_ptr)
@@ -198,46 +314,84 @@ def _decode_kernel(
     row = tl.load(item_ptr + 3)
     first_item = tl.load(item_ptr + 4)
     items = tl.load(item_ptr + 5)
+    kv_len = tl.load(item_ptr + 6)
     if item >= num_items:
+        if DEPENDENT:
+            gdc_wait()
         return
 
     group = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, DIM)
-    offsets = tl.arange(0, TILE)
     in_dim = dims < HEAD_DIM
     in_heads = (group < GROUP)[:, None] & in_dim[None, :]
     head_offset = (kv_head * GROUP + group)[:, None] * HEAD_DIM + dims[None, :]
-    query = tl.load(query_ptr + row.to(tl.int64) * query_stride + head_offset, mask=in_heads, other=0.0)
-
     table_ptr = block_table_ptr + slot.to(tl.int64) * table_stride
     cache_offset = kv_head * HEAD_DIM + dims
+    query_ptr += row.to(tl.int64) * query_stride
     maximum = tl.full((GROUP_PAD,), -float("inf"), dtype=tl.float32)
     total = tl.zeros((GROUP_PAD,), dtype=tl.float32)
     acc = tl.zeros((GROUP_PAD, DIM), dtype=tl.float32)
+    if FUSED:
+        # The new token's key and value come from the product, not from the cache: the row's last item starts its
+        # softmax with them, and writes them.
+        position = kv_len - 1
+        owner = (end == kv_len) & (kv_len > 0)
+        end = tl.minimum(end, position)
+        angle_ptr = cos_sin_ptr + tl.maximum(position, 0).to(tl.int64) * HEAD_DIM + dims % (HEAD_DIM // 2)
+        cos = tl.load(angle_ptr, mask=in_dim, other=0.0)
+        sin = tl.load(angle_ptr + HEAD_DIM // 2, mask=in_dim, other=0.0)
+        q_gain = cos
+        q_other_gain = cos
+        k_gain = cos
+        k_other_gain = cos
+        if NORM:
+            q_gain, q_other_gain = _gains(q_weight_ptr, HEAD_DIM, DIM)
+            k_gain, k_other_gain = _gains(k_weight_ptr, HEAD_DIM, DIM)
+        new_block = tl.load(table_ptr + tl.maximum(position, 0) // BLOCK_SIZE).to(tl.int64)
+        if PRELOAD:  # the first tile's keys and values are on their way while the product is still computed
+            first_at, first_valid = _tile_offsets(table_ptr, start, end, cache_stride, BLOCK_SIZE, TILE)
+            first_at = first_at[:, None] + cache_offset[None, :]
+            first_mask = first_valid[:, None] & in_dim[None, :]
+            first_key = tl.load(key_cache_ptr + first_at, mask=first_mask, other=0.0)
+            first_value = tl.load(value_cache_ptr + first_at, mask=first_mask, other=0.0)
+        if DEPENDENT:
+            gdc_wait()
+        q_head = (kv_head * GROUP + group)[:, None]
+        query = _normalised_heads(query_ptr, q_gain, q_other_gain, q_head, in_heads, cos, sin, eps, HEAD_DIM, DIM, NORM)
+        k_head = NUM_HEADS + kv_head + tl.zeros((1, 1), dtype=tl.int32)
+        new_mask = (dims < tl.where(owner, HEAD_DIM, 0))[None, :]
+        new_key = _normalised_heads(
+            query_ptr, k_gain, k_other_gain, k_head, new_mask, cos, sin, eps, HEAD_DIM, DIM, NORM
+        )
+        v_ptr = query_ptr + (NUM_HEADS + NUM_KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
+        new_value = tl.load(v_ptr, mask=new_mask, other=0.0)
+        new_where = (new_block * BLOCK_SIZE + position % BLOCK_SIZE) * cache_stride + cache_offset[None, :]
+        tl.store(key_cache_ptr + new_where, new_key, mask=new_mask)
+        tl.store(value_cache_ptr + new_where, new_value, mask=new_mask)
+        new_score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale_log2
+        maximum = tl.where(owner, new_score, maximum)
+        total = tl.where(owner, 1.0, total)
+        acc += new_value.to(tl.float32)
+        if PRELOAD:
+            if start < end:
+                acc, maximum, total = _fold(
+                    acc, maximum, total, query, first_key, first_value, first_valid, scale_log2, PRECISION
+                )
+            start += TILE
+    else:
+        if DEPENDENT:
+            gdc_wait()
+        query = tl.load(query_ptr + head_offset, mask=in_heads, other=0.0)
+
     for tile_start in range(start, end, TILE):
-        position = tile_start + offsets
-        valid = position < end
-        if TILE <= BLOCK_SIZE:  # the tile lies in one block, as `start` is a multiple of TILE
-            block = tl.load(table_ptr + tile_start // BLOCK_SIZE).to(tl.int64)
-            cache_slot = block * BLOCK_SIZE + tile_start % BLOCK_SIZE + offsets
-        else:
-            block = tl.load(table_ptr + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-            cache_slot = block * BLOCK_SIZE + position % BLOCK_SIZE
+        where, valid = _tile_offsets(table_ptr, tile_start, end, cache_stride, BLOCK_SIZE, TILE)
         # What lies past a row's end may be another request's NaN, so it is not loaded: 0 * NaN is NaN.
         mask = valid[:, None]
         if DIM != HEAD_DIM:
             mask = mask & in_dim[None, :]
-        where = cache_slot[:, None] * cache_stride + cache_offset[None, :]
-        key = tl.load(key_cache_ptr + where, mask=mask, other=0.0)
-        value = tl.load(value_cache_ptr + where, mask=mask, other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        score = tl.where(valid[None, :], score, -float("inf"))
-        new_maximum = tl.maximum(maximum, tl.max(score, axis=1) * scale_log2)
-        rescale = tl.exp2(maximum - new_maximum)
-        weight = tl.exp2(score * scale_log2 - new_maximum[:, None])
-        total = total * rescale + tl.sum(weight, axis=1)
-        acc = tl.dot(weight.to(value.dtype), value, acc * rescale[:, None], input_precision=PRECISION)
-        maximum = new_maximum
+        key = tl.load(key_cache_ptr + where[:, None] + cache_offset[None, :], mask=mask, other=0.0)
+        value = tl.load(value_cache_ptr + where[:, None] + cache_offset[None, :], mask=mask, other=0.0)
+        acc, maximum, total = _fold(acc, maximum, total, query, key, value, valid, scale_log2, PRECISION)
 
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     out_row_ptr = out_ptr + row.to(tl.int64) * (NUM_HEADS * HEAD_DIM)
@@ -287,6 +441,9 @@ def _decode_kernel(
         )
 
 
+_NO_TRANSFORM = QueryKeyTransform(None, None, 0.0, None)
+
+
 def paged_decode_attention(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -295,6 +452,7 @@ def paged_decode_attention(
     workspace: DecodeWorkspace,
     scale: float,
     out: torch.Tensor,
+    transform: QueryKeyTransform | None = None,
 ) -> torch.Tensor:
     """Attends each row's one query token to its cache, by the schedule that `workspace` holds.
 
@@ -304,21 +462,30 @@ def paged_decode_attention(
     Moves 2 * Hkv * D elements a cached token; 4 * Hq * D flops a cached token.
 
     Args:
-        query: [rows, Hq, D]; the heads of a row are contiguous, rows may be strided.
+        query: [rows, Hq, D]; the heads of a row are contiguous, rows may be strided. With a `transform`
+            [rows, Hq + 2 Hkv, D], the product as it came: queries and keys are normalised and rotated here, and the
+            new token's key and value written to the cache, as `qk_norm_rope_cache` would have.
         key_cache, value_cache: [num_blocks, block_size, Hkv, D], contiguous; block_size a power of two >= 16.
         block_table: [slots + 1, max_blocks] int32.
-        workspace: as `schedule_decode` left it for these rows.
+        workspace: as `schedule_decode` left it for as many rows.
         scale: factor of the scores, usually D ** -0.5.
-        out: [rows, Hq, D], contiguous, written; zero for rows without cached tokens.
+        out: [rows, Hq, D], contiguous, written; zero for rows without cached tokens. Rows past the decode rows that
+            were scheduled are left alone.
+        transform: of queries and keys, where that is still to be done.
 
     Returns:
         `out`.
     """
-    rows, num_heads, head_dim = query.shape
+    rows, num_heads, head_dim = out.shape
     block_size, num_kv_heads = key_cache.shape[1:3]
-    config = workspace.config
-    _decode_kernel[(num_kv_heads, rows + workspace.splits)](
+    config, splits = workspace.plan(rows)
+    fused = transform is not None
+    heads = transform or _NO_TRANSFORM
+    _decode_kernel[(num_kv_heads, rows + 2 * splits)](
         query,
+        heads.q_weight,
+        heads.k_weight,
+        heads.cos_sin,
         key_cache,
         value_cache,
         block_table,
@@ -331,10 +498,15 @@ def paged_decode_attention(
         query.stride(0),
         key_cache.stride(1),
         block_table.stride(0),
+        heads.eps,
         scale * math.log2(math.e),
         **decode_constants(num_heads, num_kv_heads, head_dim, block_size, config, query.dtype),
+        FUSED=fused,
+        NORM=heads.q_weight is not None,
+        PRELOAD=fused and rows <= FEW_ROWS,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **dependent_launch(query.device),
     )
     return out
 

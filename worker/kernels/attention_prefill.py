@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from worker.kernels._triton import cdiv, next_power_of_2, tl, triton
+from worker.kernels._triton import (
+    cdiv,
+    dependent_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    next_power_of_2,
+    tl,
+    triton,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +112,8 @@ def _attend(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "first_row", "tokens", "search_steps"],
-    do_not_specialize_on_alignment=["row_slots_ptr", "query_start_ptr", "kv_lens_ptr"],
+    do_not_specialize=["rows", "tokens", "search_steps"],
+    do_not_specialize_on_alignment=["row_slots_ptr", "query_start_ptr", "kv_lens_ptr", "decode_rows_ptr"],
 )
 def _prefill_kernel(
     query_ptr,
@@ -115,13 +123,13 @@ def _prefill_kernel(
     row_slots_ptr,
     query_start_ptr,
     kv_lens_ptr,
+    decode_rows_ptr,
     out_ptr,
     query_stride,
     cache_stride,
     table_stride,
     scale_log2,
     rows,
-    first_row,
     tokens,
     search_steps,
     NUM_HEADS: tl.constexpr,
@@ -132,13 +140,18 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     TOKENS: tl.constexpr = BLOCK_M // GROUP
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)
     # Longest first: the last tiles of a row attend to the most tokens.
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    program = tl.num_programs(1) - 1 - tl.program_id(1)
     # Row r's tiles begin at program query_start[r] // TOKENS + r, which leaves it at least the tiles it needs
     # whatever the rows' lengths are. The padding tokens are one more row, `rows`, which writes zeros.
+    first_row = tl.load(decode_rows_ptr)
     offset = tl.load(query_start_ptr + first_row)
     low = first_row
     high = rows + 1
@@ -242,15 +255,17 @@ def paged_prefill_attention(
     row_slots: torch.Tensor,
     query_start: torch.Tensor,
     kv_lens: torch.Tensor,
+    decode_rows: torch.Tensor,
     scale: float,
-    first_row: int,
     out: torch.Tensor,
+    least_decode_rows: int = 0,
 ) -> torch.Tensor:
-    """Attends the query tokens of rows `first_row..` causally to their caches, which hold the step's own tokens too.
+    """Attends the query tokens of the rows after the decode rows causally to their caches, which hold the step's own
+    tokens too.
 
     FlashAttention-2 (Dao 2023): one pass over the keys with a running maximum and sum. The heads of a key/value
     head's group are packed beside the query tokens in one tile, so that a key tile is read once for all of them.
-    The rows before `first_row` must have one query token each. The launch depends on the shapes alone.
+    The launch depends on the shapes alone.
     Flops: 4 * Hq * D for each (query, visible key) pair; moves 2 * Hq * D elements a query token, and
     2 * Hkv * D a cached token for every BLOCK_M / (Hq / Hkv) query tokens, mostly from the L2.
 
@@ -261,9 +276,10 @@ def paged_prefill_attention(
         row_slots: [rows] int32.
         query_start: [rows + 1] int32.
         kv_lens: [rows] int32, cached tokens of each row, the step's own included; 0 for padding rows.
+        decode_rows: [1] int32, the rows before the first to attend; they have one query token each.
         scale: factor of the scores, usually D ** -0.5.
-        first_row: the first row to attend.
-        out: [tokens, Hq, D], contiguous; written from row `first_row` on, zero for padding tokens.
+        out: [tokens, Hq, D], contiguous; written from that row on, zero for padding tokens.
+        least_decode_rows: what the host knows of `decode_rows`: the more, the fewer programs.
 
     Returns:
         `out`.
@@ -271,7 +287,7 @@ def paged_prefill_attention(
     tokens, num_heads, head_dim = query.shape
     block_size, num_kv_heads = key_cache.shape[1:3]
     rows = row_slots.shape[0]
-    prefill_tokens, prefill_rows = tokens - first_row, rows - first_row
+    prefill_tokens, prefill_rows = tokens - least_decode_rows, rows - least_decode_rows
     if query.device.type == "cuda":
         properties = torch.cuda.get_device_properties(query.device)
         capability, processors = (properties.major, properties.minor), properties.multi_processor_count
@@ -283,7 +299,7 @@ def paged_prefill_attention(
     config = prefill_config(capability, head_dim, query.dtype.itemsize, small=True) if small else large
     constants = prefill_constants(num_heads, num_kv_heads, head_dim, block_size, config, query.dtype)
     tiles = prefill_tokens // (int(constants["BLOCK_M"]) // group) + prefill_rows + 1
-    _prefill_kernel[(tiles, num_kv_heads)](
+    _prefill_kernel[(num_kv_heads, tiles)](
         query,
         key_cache,
         value_cache,
@@ -291,19 +307,20 @@ def paged_prefill_attention(
         row_slots,
         query_start,
         kv_lens,
+        decode_rows,
         out,
         query.stride(0),
         key_cache.stride(1),
         block_table.stride(0),
         scale * math.log2(math.e),
         rows,
-        first_row,
         tokens,
         (prefill_rows + 1).bit_length(),
         **constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
+        **dependent_launch(query.device),
     )
     return out
 
@@ -333,11 +350,12 @@ def paged_prefill_attention_reference(
     row_slots: torch.Tensor,
     query_start: torch.Tensor,
     kv_lens: torch.Tensor,
+    decode_rows: torch.Tensor,
     scale: float,
-    first_row: int,
     out: torch.Tensor,
 ) -> torch.Tensor:
     """`paged_prefill_attention` in plain torch, row by row, in fp32."""
+    first_row = int(decode_rows)
     block_size, num_kv_heads = key_cache.shape[1:3]
     starts = query_start.tolist()
     out[starts[first_row] :] = 0

@@ -12,17 +12,33 @@ from types import ModuleType
 
 import torch
 
-from worker.kernels import gumbel_sample, qk_norm_rope, rms_norm, silu_mul, step_metadata
+from worker.kernels import (
+    argmax_sample,
+    commit_step,
+    filter_threshold,
+    fused_linear,
+    gumbel_sample,
+    qk_norm_rope,
+    rms_norm,
+    silu_mul,
+    step_metadata,
+)
 from worker.kernels._triton import INTERPRETED
 
 _MODULES: dict[str, ModuleType] = {
     "rms_norm": rms_norm,
     "add_rms_norm": rms_norm,
+    "norm_linear": fused_linear,
+    "norm_linear_silu_mul": fused_linear,
+    "linear_add": fused_linear,
     "qk_norm_rope_cache": qk_norm_rope,
     "silu_mul": silu_mul,
     "step_metadata": step_metadata,
+    "commit_lengths": commit_step,
+    "commit_tokens": commit_step,
     "sample": gumbel_sample,
-    "argmax_sample": gumbel_sample,
+    "argmax_sample": argmax_sample,
+    "filter_threshold": filter_threshold,
 }
 
 
@@ -32,11 +48,17 @@ class Ops:
 
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+    norm_linear: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], torch.Tensor]
+    norm_linear_silu_mul: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], torch.Tensor]
+    linear_add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     qk_norm_rope_cache: Callable[..., torch.Tensor]
     silu_mul: Callable[[torch.Tensor], torch.Tensor]
     step_metadata: Callable[..., None]
+    commit_lengths: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+    commit_tokens: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     sample: Callable[..., torch.Tensor]
     argmax_sample: Callable[[torch.Tensor], torch.Tensor]
+    filter_threshold: Callable[..., torch.Tensor]
 
 
 def _collect(suffix: str) -> Ops:

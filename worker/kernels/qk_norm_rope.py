@@ -6,9 +6,19 @@ handles a few heads of one token. Knows nothing of sequences: positions and cach
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from worker.kernels._triton import cdiv, next_power_of_2, tl, triton
+from worker.kernels._triton import (
+    cdiv,
+    dependent_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    next_power_of_2,
+    tl,
+    triton,
+)
 
 
 @triton.jit
@@ -30,7 +40,10 @@ def _qk_norm_rope_cache_kernel(
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
     NORM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     offsets = tl.arange(0, HALF)
@@ -38,6 +51,13 @@ def _qk_norm_rope_cache_kernel(
     mask = (head < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & in_half[None, :]
     first_ptr = qkv_ptr + token * qkv_stride + head[:, None] * HEAD_DIM + offsets[None, :]
     second_ptr = first_ptr + HEAD_DIM // 2
+    if NORM:
+        q_first = tl.load(q_weight_ptr + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        q_second = tl.load(q_weight_ptr + HEAD_DIM // 2 + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        k_first = tl.load(k_weight_ptr + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        k_second = tl.load(k_weight_ptr + HEAD_DIM // 2 + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
+    if DEPENDENT:
+        gdc_wait()
     position = tl.load(positions_ptr + token)
     cache_slot = tl.load(cache_slots_ptr + token)
     first = tl.load(first_ptr, mask=mask, other=0.0)
@@ -50,10 +70,6 @@ def _qk_norm_rope_cache_kernel(
     if NORM:
         variance = (tl.sum(x * x, axis=1) + tl.sum(y * y, axis=1)) / HEAD_DIM
         scale = tl.rsqrt(variance + eps)[:, None]
-        q_first = tl.load(q_weight_ptr + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        q_second = tl.load(q_weight_ptr + HEAD_DIM // 2 + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        k_first = tl.load(k_weight_ptr + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        k_second = tl.load(k_weight_ptr + HEAD_DIM // 2 + offsets, mask=in_half, other=0.0).to(tl.float32)[None, :]
         x = x * scale * tl.where(is_query, q_first, k_first)
         y = y * scale * tl.where(is_query, q_second, k_second)
     angle_ptr = cos_sin_ptr + position.to(tl.int64) * HEAD_DIM + offsets
@@ -72,6 +88,16 @@ def _qk_norm_rope_cache_kernel(
     value_ptr = value_cache_ptr + cache_row + (head - NUM_HEADS - NUM_KV_HEADS)[:, None] * HEAD_DIM
     tl.store(value_ptr, first, mask=mask & is_value)
     tl.store(value_ptr + HEAD_DIM // 2, second, mask=mask & is_value)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryKeyTransform:
+    """What turns a layer's product into queries, keys and values: RMSNorm by head, then rotary embedding."""
+
+    q_weight: torch.Tensor | None  # [head_dim]; None where the model does not normalise
+    k_weight: torch.Tensor | None
+    eps: float
+    cos_sin: torch.Tensor | None  # [max_position, head_dim] fp32: head_dim / 2 cosines, then as many sines
 
 
 def qk_norm_rope_cache(
@@ -107,7 +133,8 @@ def qk_norm_rope_cache(
     num_kv_heads, head_dim = key_cache.shape[2:]
     total_heads = qkv.shape[1] // head_dim
     num_heads = total_heads - 2 * num_kv_heads
-    heads = 4
+    # Few tokens: many small programs, to fill the device. Many: a token a program, to have more in flight in each.
+    heads, num_warps = (4, 2) if tokens < 256 else (next_power_of_2(total_heads), 8)
     if tokens:
         _qk_norm_rope_cache_kernel[(tokens, cdiv(total_heads, heads))](
             qkv,
@@ -127,7 +154,8 @@ def qk_norm_rope_cache(
             HALF=next_power_of_2(head_dim // 2),
             HEADS=heads,
             NORM=q_weight is not None,
-            num_warps=2,
+            num_warps=num_warps,
+            **dependent_launch(qkv.device),
         )
     return qkv[:, : num_heads * head_dim].view(tokens, num_heads, head_dim)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from worker.kernels._triton import next_power_of_2, tl, triton
+from worker.kernels._triton import dependent_launch, gdc_launch_dependents, gdc_wait, next_power_of_2, tl, triton
 
 
 @triton.jit
@@ -23,11 +23,16 @@ def _rms_norm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < HIDDEN
     weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
+    if DEPENDENT:
+        gdc_wait()
     x = tl.load(x_ptr + token * x_stride + offsets, mask=mask, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + token * residual_stride + offsets, mask=mask, other=0.0)
@@ -74,6 +79,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
             HIDDEN=hidden,
             ADD=False,
             **rms_norm_config(hidden),
+            **dependent_launch(x.device),
         )
     return out
 
@@ -106,6 +112,7 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
             HIDDEN=hidden,
             ADD=True,
             **rms_norm_config(hidden),
+            **dependent_launch(x.device),
         )
     return out
 

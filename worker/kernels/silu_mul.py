@@ -7,15 +7,34 @@ from __future__ import annotations
 
 import torch
 
-from worker.kernels._triton import cdiv, next_power_of_2, tl, triton
+from worker.kernels._triton import (
+    cdiv,
+    dependent_launch,
+    gdc_launch_dependents,
+    gdc_wait,
+    next_power_of_2,
+    tl,
+    triton,
+)
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up_ptr, out_ptr, gate_up_stride, INTERMEDIATE: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(
+    gate_up_ptr,
+    out_ptr,
+    gate_up_stride,
+    INTERMEDIATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    if DEPENDENT:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < INTERMEDIATE
     row = gate_up_ptr + token * gate_up_stride
+    if DEPENDENT:
+        gdc_wait()
     gate = tl.load(row + offsets, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(row + INTERMEDIATE + offsets, mask=mask, other=0.0)
     # As transformers: the activation is rounded to the dtype, then multiplied.
@@ -39,7 +58,13 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if tokens:
         block = min(1024, next_power_of_2(intermediate))
         _silu_mul_kernel[(tokens, cdiv(intermediate, block))](
-            gate_up, out, gate_up.stride(0), INTERMEDIATE=intermediate, BLOCK=block, num_warps=4
+            gate_up,
+            out,
+            gate_up.stride(0),
+            INTERMEDIATE=intermediate,
+            BLOCK=block,
+            num_warps=4,
+            **dependent_launch(gate_up.device),
         )
     return out
 

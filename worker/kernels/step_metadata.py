@@ -15,13 +15,22 @@ _BLOCK = 128
 
 @triton.jit(
     do_not_specialize=["rows", "tokens", "null_slot", "search_steps"],
-    do_not_specialize_on_alignment=["row_slots_ptr", "query_start_ptr", "seq_lens_ptr"],
+    do_not_specialize_on_alignment=[
+        "row_slots_ptr",
+        "query_start_ptr",
+        "decode_rows_ptr",
+        "seq_lens_ptr",
+        "token_ids_ptr",
+    ],
 )
 def _step_metadata_kernel(
     row_slots_ptr,
     query_start_ptr,
+    decode_rows_ptr,
     seq_lens_ptr,
+    last_token_ptr,
     block_table_ptr,
+    token_ids_ptr,
     positions_ptr,
     cache_slots_ptr,
     kv_lens_ptr,
@@ -42,6 +51,8 @@ def _step_metadata_kernel(
     cached = tl.load(seq_lens_ptr + slot, mask=in_rows, other=0)
     live = (end > begin) & (slot != null_slot)
     tl.store(kv_lens_ptr + index, tl.where(live, cached + end - begin, 0), mask=in_rows)
+    decodes = index < tl.load(decode_rows_ptr)
+    tl.store(token_ids_ptr + index, tl.load(last_token_ptr + slot, mask=decodes, other=0), mask=decodes)
 
     # The row of a token is the last one that starts at or before it; empty rows before it start there as well.
     low = tl.zeros((BLOCK,), dtype=tl.int32)
@@ -72,14 +83,17 @@ def _step_metadata_kernel(
 def step_metadata(
     row_slots: torch.Tensor,
     query_start: torch.Tensor,
+    decode_rows: torch.Tensor,
     seq_lens: torch.Tensor,
+    last_token: torch.Tensor,
     block_table: torch.Tensor,
     block_size: int,
+    token_ids: torch.Tensor,
     positions: torch.Tensor,
     cache_slots: torch.Tensor,
     kv_lens: torch.Tensor,
 ) -> None:
-    """Writes where each token of the step stands in its sequence and in the cache.
+    """Writes where each token of the step stands in its sequence and in the cache, and which tokens decode rows have.
 
     Token `t` of row `r` stands at position `seq_lens[row_slots[r]] + t - query_start[r]`. Padding tokens (past the
     last row, or in a row of the null slot, which is the last slot) get position 0 and a place in block 0, which
@@ -88,9 +102,12 @@ def step_metadata(
     Args:
         row_slots: [rows] int32.
         query_start: [rows + 1] int32, ascending.
+        decode_rows: [1] int32, how many rows, the first ones, compute their slot's last token.
         seq_lens: [slots + 1] int32, cached length of each slot before the step.
+        last_token: [slots + 1] int32.
         block_table: [slots + 1, max_blocks] int32.
         block_size: tokens a block, a power of two.
+        token_ids: [tokens] int32, written for the decode rows' tokens, which come first.
         positions: [tokens] int32, written.
         cache_slots: [tokens] int64, written.
         kv_lens: [rows] int32, written: cached length after the step, 0 for rows without tokens or of the null slot.
@@ -99,8 +116,11 @@ def step_metadata(
     _step_metadata_kernel[(cdiv(max(rows, tokens, 1), _BLOCK),)](
         row_slots,
         query_start,
+        decode_rows,
         seq_lens,
+        last_token,
         block_table,
+        token_ids,
         positions,
         cache_slots,
         kv_lens,
@@ -118,15 +138,20 @@ def step_metadata(
 def step_metadata_reference(
     row_slots: torch.Tensor,
     query_start: torch.Tensor,
+    decode_rows: torch.Tensor,
     seq_lens: torch.Tensor,
+    last_token: torch.Tensor,
     block_table: torch.Tensor,
     block_size: int,
+    token_ids: torch.Tensor,
     positions: torch.Tensor,
     cache_slots: torch.Tensor,
     kv_lens: torch.Tensor,
 ) -> None:
     """`step_metadata` in plain torch, for any device."""
     null_slot = seq_lens.shape[0] - 1
+    decode = int(decode_rows)
+    token_ids[:decode] = last_token[row_slots[:decode]]
     counts = query_start[1:] - query_start[:-1]
     live = (counts > 0) & (row_slots != null_slot)
     kv_lens.copy_(torch.where(live, seq_lens[row_slots] + counts, 0))

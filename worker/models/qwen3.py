@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from protocol.model_config import ModelConfig
-from worker.attention import AttentionBackend, AttentionMetadata
+from worker.attention import AttentionBackend, AttentionMetadata, QueryKeyTransform
 from worker.kernels import Ops
 from worker.models.rope import cos_sin_table
 
@@ -90,25 +90,19 @@ class Qwen3:
             attention: `attention.prepare(metadata)` was called.
 
         Returns:
-            [tokens, hidden_size], normalised, ready for `logits`.
+            [tokens, hidden_size], the residual stream after the last layer.
         """
         ops, eps = self._ops, self.config.rms_norm_eps
-        hidden = embedding(token_ids, self.embed_tokens)
-        residual = torch.zeros_like(hidden)
-        for index, layer in enumerate(self.layers):
-            key_cache, value_cache = kv_cache[index, 0], kv_cache[index, 1]
-            hidden = ops.add_rms_norm(hidden, residual, layer.input_norm, eps)
-            qkv = linear(hidden, layer.qkv_proj)
-            query = ops.qk_norm_rope_cache(
-                qkv, layer.q_norm, layer.k_norm, eps, self._cos_sin,
-                metadata.positions, metadata.cache_slots, key_cache, value_cache,
-            )  # fmt: skip
-            attended = attention.forward(query, key_cache, value_cache, metadata)
-            hidden = linear(attended.flatten(1), layer.o_proj)
-            hidden = ops.add_rms_norm(hidden, residual, layer.post_attention_norm, eps)
-            hidden = linear(ops.silu_mul(linear(hidden, layer.gate_up_proj)), layer.down_proj)
-        return ops.add_rms_norm(hidden, residual, self.norm, eps)
+        residual = embedding(token_ids, self.embed_tokens)
+        for layer, cache in zip(self.layers, kv_cache, strict=True):
+            qkv = ops.norm_linear(residual, layer.input_norm, eps, layer.qkv_proj)
+            heads = QueryKeyTransform(layer.q_norm, layer.k_norm, eps, self._cos_sin)
+            attended = attention.attend(qkv, heads, cache[0], cache[1], metadata)
+            ops.linear_add(attended.flatten(1), layer.o_proj, residual)
+            activated = ops.norm_linear_silu_mul(residual, layer.post_attention_norm, eps, layer.gate_up_proj)
+            ops.linear_add(activated, layer.down_proj, residual)
+        return residual
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden_size] → [rows, vocab_size]."""
-        return linear(hidden, self.lm_head)
+        """[rows, hidden_size] of the residual stream → [rows, vocab_size]."""
+        return self._ops.norm_linear(hidden, self.norm, self.config.rms_norm_eps, self.lm_head)

@@ -1,0 +1,207 @@
+"""What the model of step times learns, what it takes no notice of, and the chunks that follow from it."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from core.step_time import (
+    MIN_CHUNK,
+    UNMEASURED_CHUNK,
+    PrefillBudget,
+    RelativeCosts,
+    StepClock,
+    StepTimeModel,
+    StepWork,
+    num_pairs,
+)
+from protocol.model_config import load_model_config
+from tests.support.step_times import gpu_seconds
+
+ROOT = Path(__file__).resolve().parents[2]
+COSTS = RelativeCosts(pair=2.6e-4, cached_token=4.8e-5)
+BUDGET = 8192
+BLOCK_SIZE = 16
+# 64 rows of 400 tokens.
+STREAMS = StepWork(context=25_600)
+
+
+def prefill(start: int, length: int, context: int = 0) -> StepWork:
+    return StepWork(context, length, num_pairs(start, length))
+
+
+def chunk(model: StepTimeModel, start: int = 0, context: int = STREAMS.context) -> int:
+    """Tokens of a long prompt's next chunk."""
+    return model.prefill_budget(BUDGET, BLOCK_SIZE, context).take(start, 100_000)
+
+
+def taught_model(max_seconds: float = 8e-3) -> StepTimeModel:
+    model = StepTimeModel(max_seconds, COSTS)
+    for work in (STREAMS, prefill(0, 2048), prefill(2048, 1024, STREAMS.context)) * 5:
+        model.observe(work, gpu_seconds(work))
+    return model
+
+
+def test_costs_are_the_model_s_flops_and_bytes() -> None:
+    costs = RelativeCosts.of(load_model_config(ROOT / "benchmarks/models/qwen3-0.6b"))
+    weights_per_layer = 1024 * (16 + 8 + 8) * 128 + 16 * 128 * 1024 + 3 * 1024 * 3072
+    assert costs.pair == pytest.approx(4 * 16 * 128 / (2 * weights_per_layer))
+    weights = 28 * weights_per_layer + 151_936 * 1024
+    assert costs.cached_token == pytest.approx(114_688 / (2 * 2 * weights))
+
+
+@pytest.mark.parametrize("start", [0, 16, 4096, 30_000])
+def test_a_chunk_comes_to_the_bound_and_not_over_it(start: int) -> None:
+    model = taught_model()
+    work = prefill(start, chunk(model, start), STREAMS.context)
+    one_block_more = prefill(start, work.tokens + BLOCK_SIZE, STREAMS.context)
+
+    def predicted(work: StepWork) -> float:
+        return model.decode_seconds(work.context) + model.prefill_seconds(work.tokens, work.pairs)
+
+    if work.tokens > MIN_CHUNK:
+        assert predicted(work) <= 8e-3 < predicted(one_block_more)
+        assert gpu_seconds(work) == pytest.approx(8e-3, rel=0.1)
+    else:
+        assert work.tokens == MIN_CHUNK
+
+
+def test_chunks_grow_with_the_bound() -> None:
+    chunks = [chunk(taught_model(bound)) for bound in (3e-3, 6e-3, 12e-3, math.inf)]
+    assert chunks == sorted(set(chunks))
+    assert chunks[-1] == BUDGET
+
+
+@pytest.mark.parametrize("slower", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("before", [None, 0.1, 30.0])
+def test_model_converges(slower: float, before: float | None) -> None:
+    """Within three steps of a long prompt, whatever was thought of the device before."""
+    model = StepTimeModel(8e-3, COSTS)
+    for work in (STREAMS, prefill(0, 2048)) * 5 if before else ():
+        model.observe(work, before * gpu_seconds(work))
+    start, times = 0, []
+    for _ in range(3):
+        model.observe(STREAMS, slower * gpu_seconds(STREAMS))
+    for _ in range(6):
+        work = prefill(start, chunk(model, start), STREAMS.context)
+        times.append(slower * gpu_seconds(work))
+        model.observe(work, times[-1])
+        start += work.tokens
+    target = max(8e-3, 3 * slower * gpu_seconds(STREAMS))
+    if work.tokens > MIN_CHUNK:
+        assert times[3:] == pytest.approx([target] * 3, rel=0.25)
+    else:
+        assert times[-1] > target
+
+
+@pytest.mark.parametrize("factor", [1e-4, 100.0], ids=["too short", "too long"])
+@pytest.mark.parametrize("work", [STREAMS, prefill(0, 2048), prefill(2048, 1024, STREAMS.context)], ids=str)
+def test_outlier_does_not_shrink_chunks(factor: float, work: StepWork) -> None:
+    """Nor does it make them grow: a pause makes one step look long, and the next one short."""
+    model = taught_model()
+    before = chunk(model)
+    model.observe(work, factor * gpu_seconds(work))
+    model.observe(work, gpu_seconds(work) / factor)
+    assert chunk(model) == pytest.approx(before, rel=0.1)
+
+
+def test_noise_moves_chunks_little() -> None:
+    chooser = random.Random(0)
+    model = taught_model()
+    expected, chunks = chunk(model), []
+    for _ in range(200):
+        work = chooser.choice([STREAMS, prefill(0, 2048), prefill(2048, 1024, STREAMS.context)])
+        model.observe(work, gpu_seconds(work) * chooser.uniform(0.9, 1.1))
+        chunks.append(chunk(model))
+    assert min(chunks) > 0.75 * expected
+    assert max(chunks) < 1.25 * expected
+
+
+def test_short_prefills_teach_nothing() -> None:
+    model = taught_model()
+    before = chunk(model)
+    for _ in range(10):
+        work = prefill(0, MIN_CHUNK - 1, STREAMS.context)
+        model.observe(work, 50 * gpu_seconds(work))
+    assert chunk(model) == before
+
+
+def test_times_that_are_no_times_are_passed_over() -> None:
+    model = taught_model()
+    before = chunk(model)
+    for _ in range(5):
+        model.observe(STREAMS, 0.0)
+        model.observe(prefill(0, 2048), -1.0)
+    assert chunk(model) == before
+
+
+def test_the_first_chunk_is_small_until_prefill_was_measured() -> None:
+    model = StepTimeModel(8e-3, COSTS)
+    first = chunk(model)
+    assert UNMEASURED_CHUNK / 2 < first <= UNMEASURED_CHUNK
+    model.observe(STREAMS, gpu_seconds(STREAMS))
+    assert chunk(model) == first
+    work = prefill(0, first, STREAMS.context)
+    model.observe(work, gpu_seconds(work))
+    assert chunk(model, first) == pytest.approx(chunk(taught_model(), first), rel=0.2)
+
+
+def test_decodes_that_were_never_alone_are_learned_from_what_prefill_leaves() -> None:
+    """As when many prompts come at once: the first step decodes nothing, and all that follow prefill something."""
+    model = StepTimeModel(8e-3, COSTS)
+    model.observe(prefill(0, 2048), gpu_seconds(prefill(0, 2048)))
+    for _ in range(5):
+        work = prefill(0, 1024, STREAMS.context)
+        model.observe(work, gpu_seconds(work))
+    assert model.decode_seconds(STREAMS.context) == pytest.approx(gpu_seconds(STREAMS), rel=0.1)
+
+
+@pytest.mark.parametrize("slower", [3.0, 10.0])
+def test_prompts_do_not_crawl_where_decodes_alone_take_the_bound(slower: float) -> None:
+    model = StepTimeModel(1e-3, COSTS)
+    for work in (STREAMS, prefill(0, 2048)) * 5:
+        model.observe(work, slower * gpu_seconds(work))
+    work = prefill(0, chunk(model), STREAMS.context)
+    assert work.tokens > MIN_CHUNK
+    assert gpu_seconds(work) == pytest.approx(3 * gpu_seconds(STREAMS), rel=0.1)
+
+
+def test_a_budget_counts_what_is_taken() -> None:
+    budget = PrefillBudget(100, block_size=16)
+    assert [budget.take(0, 40), budget.take(16, 50), budget.take(0, 40), budget.take(0, 40)] == [40, 50, 10, 0]
+    assert budget.is_spent
+    assert (budget.num_tokens, budget.num_pairs) == (100, 820 + 16 * 50 + 1275 + 55)
+
+
+def test_several_short_prompts_share_the_work() -> None:
+    budget = PrefillBudget(8192, block_size=16, work=1000)
+    assert [budget.take(0, 300) for _ in range(5)] == [300, 300, 300, 96, 0]
+    assert budget.is_spent
+
+
+def test_a_chunk_that_time_cuts_ends_with_a_block() -> None:
+    budget = PrefillBudget(8192, block_size=16, work=100, pair_cost=1e-4)
+    length = budget.take(7, 1000)
+    assert (7 + length) % 16 == 0
+    assert 80 <= length <= 100
+
+
+def test_a_step_may_always_hold_a_little_prefill() -> None:
+    for work in (0.0, 1e-9, 10.0):
+        assert PrefillBudget(8192, 16, work, min_tokens=64).take(16, 1000) == 64
+        assert PrefillBudget(8192, 16, work, min_tokens=64).take(16, 64) == 64
+        assert PrefillBudget(8192, 256, work, min_tokens=64).take(256, 1000) == 256
+        assert PrefillBudget(40, 16, work, min_tokens=64).take(0, 1000) == 40
+    budget = PrefillBudget(8192, 16, 0.0, min_tokens=64)
+    assert [budget.take(0, 30), budget.take(0, 30), budget.take(0, 30)] == [30, 30, 0]
+
+
+def test_a_step_begins_when_it_is_sent_or_the_one_before_is_done() -> None:
+    clock = StepClock()
+    clock.sent(10.0)
+    clock.sent(10.5)
+    assert clock.answered(11.0) == 1.0
+    assert clock.answered(11.25) == 0.25
+    clock.sent(20.0)
+    assert clock.answered(20.5) == 0.5
