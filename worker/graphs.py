@@ -11,6 +11,8 @@ import torch
 # Launching a forward pass kernel by kernel takes the host longer than it takes the GPU to run one of 4,000 tokens;
 # beyond twice that, launches hide behind the work and a step runs eagerly.
 _MOST_CAPTURED_TOKENS = 8192
+# Decode steps of so many rows are one graph: what a second launch costs the GPU can be felt in them.
+MOST_ROWS_OF_ONE_GRAPH = 64
 
 
 def batch_buckets(max_num_seqs: int) -> list[int]:
@@ -23,7 +25,8 @@ def token_buckets(max_num_batched_tokens: int) -> list[int]:
     """Token counts that steps with prefill are padded to. Below a few hundred tokens the weights decide the time, so
     that padding is nearly free there."""
     most = min(max_num_batched_tokens, _MOST_CAPTURED_TOKENS)
-    sizes = {16, 32, *range(64, 385, 64), *range(512, 1025, 128), *range(1536, most + 1, 512), most}
+    sizes = {16, 32, *range(64, 385, 64), *range(512, 2049, 128), *range(2304, 4097, 256), *range(4608, most + 1, 512)}
+    sizes.add(most)
     return sorted(size for size in sizes if size <= most)
 
 
@@ -44,14 +47,17 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def capture(self, key: Hashable, function: Callable[[], None]) -> None:
+    def capture(self, key: Hashable, function: Callable[[], None], warm_up: bool = True) -> None:
         """Runs the function once, so that everything in it is compiled and initialised, then captures it.
+
+        Without `warm_up` all that it does must have been done before, at the same size.
 
         It must read and write buffers that outlive the graph, and its device work must not depend on host values that
         change. Largest keys first: later, smaller ones then fit in the pool's memory.
         """
-        function()
-        torch.cuda.synchronize()
+        if warm_up:
+            function()
+            torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             function()

@@ -1,8 +1,8 @@
 """Runs steps: takes what changed to the device, launches the step's programs, and brings the tokens back.
 
 `execute` launches a step and returns at once; the tokens are read later, when the device has them. On a GPU a step is
-padded to a size whose graph was captured: one graph for a decode step; for a step with prefill one for the forward
-pass and one for the head; larger ones run eagerly, where launches hide behind the work.
+padded to a size whose graph was captured: one graph for the forward pass and one for the head, or a single one for
+small decode steps. The largest steps run eagerly, where launches hide behind the work.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from protocol.config import EngineConfig
 from protocol.messages import Step, unpack_ints
 from worker.batch_state import RING_SIZE, BatchState
-from worker.graphs import GraphCache, batch_buckets, bucket_for, token_buckets
+from worker.graphs import MOST_ROWS_OF_ONE_GRAPH, GraphCache, batch_buckets, bucket_for, token_buckets
 from worker.kernels import Ops
 from worker.models import Qwen3
 from worker.sampler import SamplingVariant
@@ -25,7 +25,15 @@ from worker.step_inputs import StepInputs, StepRows, pad
 from worker.step_program import ForwardShape, StepProgram
 
 CaptureProgress = Callable[[int, int], None]
-Capture = tuple[Hashable, Callable[[], None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """A graph to be made."""
+
+    key: Hashable
+    launch: Callable[[], None]
+    warm_up: bool = True  # False where another capture's has done all of it
 
 
 @dataclass(slots=True)
@@ -91,10 +99,9 @@ class StepRunner:
         if changed or self._sent_decode_rows != rows:
             self._inputs.send(self._decode_rows(slots, rows))
             self._sent_decode_rows = rows
-        variant = self._variant(slots)
-        if not self._replay((rows, variant)):
-            self.program.forward(self._decode_shape(rows))
-            self.program.head(rows, variant)
+        variant, shape = self._variant(slots), self._decode_shape(rows)
+        if not self._replay((shape, variant)):
+            self._launch(shape, rows, variant)
         return len(slots)
 
     def _execute_mixed(self, step: Step) -> int:
@@ -126,7 +133,7 @@ class StepRunner:
                 max_kv_len=int(state.host_lens[row_slots].max()),
             )
         else:
-            shape = self._mixed_shape(bucket)
+            shape = self._mixed_shape(bucket, prefill_only=bucket == self._token_buckets[-1] and not len(decode))
         self._inputs.send(
             StepRows(
                 row_slots=pad(row_slots, shape.num_rows, state.null_slot),
@@ -138,12 +145,15 @@ class StepRunner:
             )
         )
         self._sent_decode_rows = None
+        self._launch(shape, sampling_rows, self._variant(sample_slots))
+        return len(sample_slots)
+
+    def _launch(self, shape: ForwardShape, sampling_rows: int, variant: SamplingVariant) -> None:
+        """Launches the two programs of a step, each as a graph if it was captured."""
         if not self._replay(shape):
             self.program.forward(shape)
-        variant = self._variant(sample_slots)
-        if len(sample_slots) and not self._replay(("head", sampling_rows, variant)):
+        if sampling_rows and not self._replay((sampling_rows, variant)):
             self.program.head(sampling_rows, variant)
-        return len(sample_slots)
 
     def _replay(self, key: Hashable) -> bool:
         return self._graphs is not None and self._graphs.replay(key)
@@ -171,10 +181,18 @@ class StepRunner:
     def _decode_shape(self, rows: int) -> ForwardShape:
         return ForwardShape(rows, rows, rows, rows, 1, self._max_model_len)
 
-    def _mixed_shape(self, tokens: int) -> ForwardShape:
+    def _mixed_shape(self, tokens: int, prefill_only: bool) -> ForwardShape:
         """Any mixture of rows in `tokens` tokens, of which as many are sampled from as there are rows."""
         rows = min(tokens, self.state.num_slots)
-        return ForwardShape(None, rows, tokens, rows, tokens, self._max_model_len)
+        return ForwardShape(0 if prefill_only else None, rows, tokens, rows, tokens, self._max_model_len)
+
+    def _mixed_sizes(self) -> list[tuple[int, bool]]:
+        """The sizes of steps with prefill that are captured, and whether without decode rows, largest first.
+
+        The largest is captured both ways: a queue of long prompts is computed in it, step after step.
+        """
+        sizes = [(tokens, False) for tokens in self._token_buckets[::-1]]
+        return [(sizes[0][0], True), *sizes] if sizes else []
 
     def _decode_rows(self, slots: np.ndarray, rows: int) -> StepRows:
         counting = np.arange(rows + 1, dtype=np.int32)
@@ -229,8 +247,8 @@ class StepRunner:
         captures = self._captures(only_largest)
         graphs = GraphCache(like)
         with torch.inference_mode():
-            for key, launch in captures:
-                graphs.capture(key, launch)
+            for capture in captures:
+                graphs.capture(capture.key, capture.launch, capture.warm_up)
                 if progress is not None:
                     progress(len(graphs), len(captures))
         self._sent_decode_rows = None
@@ -245,15 +263,21 @@ class StepRunner:
         return [*self._mixed_captures(only_largest), *self._decode_captures(only_largest)]
 
     def _mixed_captures(self, only_largest: bool) -> list[Capture]:
-        buckets = self._token_buckets[-1:] if only_largest else self._token_buckets[::-1]
-        return [(shape, partial(self._run_null_mixed, shape)) for shape in map(self._mixed_shape, buckets)]
+        shapes = [self._mixed_shape(tokens, prefill_only) for tokens, prefill_only in self._mixed_sizes()]
+        return [Capture(shape, partial(self._run_null_mixed, shape)) for shape in shapes[: 1 if only_largest else None]]
 
     def _decode_captures(self, only_largest: bool) -> list[Capture]:
+        """For each number of rows: the forward pass, the heads, and if a second launch can be felt, both in one."""
         captures: list[Capture] = []
         for rows in self._row_buckets[-1:] if only_largest else self._row_buckets[::-1]:
-            for variant in list(SamplingVariant)[::-1]:
-                captures.append(((rows, variant), partial(self._run_null_decode, rows, variant)))
-                captures.append((("head", rows, variant), partial(self.program.head, rows, variant)))
+            shape = self._decode_shape(rows)
+            captures.append(Capture(shape, partial(self._run_null_decode, shape)))
+            for variant in SamplingVariant:
+                captures.append(Capture((rows, variant), partial(self.program.head, rows, variant)))
+            if rows <= MOST_ROWS_OF_ONE_GRAPH:
+                for variant in (SamplingVariant.GREEDY, SamplingVariant.PLAIN):
+                    whole = partial(self.program.decode, shape, variant)
+                    captures.append(Capture((shape, variant), whole, warm_up=False))
         return captures
 
     def _run_null_mixed(self, shape: ForwardShape) -> None:
@@ -261,10 +285,10 @@ class StepRunner:
             self._inputs.send(self._null_rows(shape.num_rows, shape.num_tokens))
         self.program.forward(shape)
 
-    def _run_null_decode(self, rows: int, variant: SamplingVariant) -> None:
+    def _run_null_decode(self, shape: ForwardShape) -> None:
         if not torch.cuda.is_current_stream_capturing():
-            self._inputs.send(self._decode_rows(np.empty(0, np.int32), rows))
-        self.program.decode(self._decode_shape(rows), variant)
+            self._inputs.send(self._decode_rows(np.empty(0, np.int32), shape.num_rows))
+        self.program.forward(shape)
 
     def use_graphs(self, graphs: GraphCache) -> None:
         self._graphs = graphs

@@ -15,7 +15,7 @@ from worker.kernels.qk_norm_rope import QueryKeyTransform
 
 # Decode rows up to which normalisation, rotation and the cache write are part of the attention kernel. In larger steps
 # what that costs in registers, and so in programs an SM, is more than the kernel it saves.
-MOST_FUSED_ROWS = 48
+MOST_FUSED_ROWS = 64
 
 
 class TritonAttention:

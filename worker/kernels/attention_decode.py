@@ -25,7 +25,6 @@ from worker.kernels.qk_norm_rope import QueryKeyTransform
 
 # int32 fields of a work item (32 bytes, one sector): slot, start, end, row; the row's first item, items, length.
 _ITEM = 8
-_LONG_CHUNK = 1024  # cached tokens of an item that is worth halving to shorten the tail
 _COMBINE = 64  # fp32 values a thread of the combining program loads together
 
 
@@ -38,6 +37,7 @@ class DecodeConfig:
     num_stages: int
     programs_per_sm: int  # programs that fit an SM together, which the split aims to fill
     min_chunk: int  # cached tokens below which a row is not split: a second program costs more than it saves
+    long_chunk: int  # cached tokens of an item that is worth halving, so that what runs last is short
 
 
 FEW_ROWS = 8
@@ -52,10 +52,15 @@ def decode_config(capability: tuple[int, int], head_dim: int, element_size: int,
     token_bytes = 2 * next_power_of_2(head_dim) * element_size  # a key and a value
     large = capability in ((8, 0), (9, 0), (10, 0), (10, 3))  # at least 163 KiB of shared memory
     if large and rows <= FEW_ROWS and token_bytes <= 512:
-        return DecodeConfig(tile=128, num_warps=4, num_stages=4, programs_per_sm=2, min_chunk=128)
+        return DecodeConfig(tile=128, num_warps=4, num_stages=4, programs_per_sm=2, min_chunk=128, long_chunk=1 << 30)
     tile = 64 if token_bytes <= 512 else 32
     return DecodeConfig(
-        tile=tile, num_warps=2, num_stages=4 if large else 3, programs_per_sm=4 if large else 2, min_chunk=128
+        tile=tile,
+        num_warps=2,
+        num_stages=4 if large else 3,
+        programs_per_sm=4 if large else 2,
+        min_chunk=128,
+        long_chunk=1024,
     )
 
 
@@ -196,7 +201,7 @@ def schedule_decode(
         splits,
         TILE=config.tile,
         MIN_CHUNK=config.min_chunk,
-        LONG_CHUNK=_LONG_CHUNK,
+        LONG_CHUNK=config.long_chunk,
         ROWS=next_power_of_2(workspace.max_rows),
         ITEM=_ITEM,
         BLOCK=32,

@@ -26,8 +26,7 @@ from worker.kernels._triton import (
 from worker.kernels.rms_norm import rms_norm, rms_norm_reference
 from worker.kernels.silu_mul import silu_mul, silu_mul_reference
 
-MOST_ROWS = 16  # the height of a tensor core's tile; above it cuBLAS is as fast
-_MOST_FMA_ROWS = 2
+MOST_ROWS = 16  # above it cuBLAS is as fast
 _MOST_INPUTS = 4096
 _PIECE = 1024  # reduced elements that are multiplied together; a longer reduction takes several pieces
 
@@ -46,28 +45,31 @@ def linear_config(
 ) -> LinearConfig | None:
     """The configuration for a product of `rows` tokens; None where cuBLAS is the faster.
 
-    One or two rows are multiplied and added in fp32, by many small programs that need no shared memory. More rows go
-    through the tensor cores, a part of the reduction to each warp: one warp after another would add up their latency.
+    One row is multiplied and added in fp32, by many small programs that need no shared memory. More rows go through
+    the tensor cores, a part of the reduction to each warp: one warp after another would add up their latency.
     `small_memory` is for devices of 99 KiB of shared memory a block.
     """
     if rows > MOST_ROWS or inputs > _MOST_INPUTS or (rows > 1 and outputs > 16384):
         return None
-    if rows <= _MOST_FMA_ROWS:
-        block_n = 4 if rows == 2 or (inputs <= 1024 and not activate) else 2
+    if rows == 1:
+        block_n = 4 if inputs <= 1024 and not activate else 2
         return LinearConfig(block_n=block_n, num_warps=2 if inputs <= 3072 and outputs <= 16384 else 4, splits=1)
-    # A program's weights must fit in shared memory beside a piece of the inputs.
+    # The weights are the tall side of the tensor cores' tiles, the tokens the narrow one. A program's weights must fit
+    # in shared memory beside a piece of the inputs.
     bytes_an_output = 2 * inputs * (1 + activate)
-    block_n = next((n for n in (32, 16, 8) if n * bytes_an_output <= (64 if small_memory else 128) * 1024), None)
-    return None if block_n is None else LinearConfig(block_n=block_n, num_warps=4, splits=4)
+    for block_n in (32, 16) if rows <= 8 and inputs <= 1024 and not activate else (16,):
+        if block_n * bytes_an_output <= (64 if small_memory else 128) * 1024:
+            return LinearConfig(block_n=block_n, num_warps=4, splits=4)
+    return None
 
 
 @triton.jit
 def _finish(out, out_ptr, at, mask, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, ACTIVATE: tl.constexpr,
             ADD: tl.constexpr):  # fmt: skip
-    """The epilogue for [ROWS, BLOCK_N] sums, or [ROWS, 2 * BLOCK_N] with gate and up side by side."""
+    """The epilogue for sums [BLOCK_N, ROWS], or [2 * BLOCK_N, ROWS] with gate and up of an output in turn."""
     dtype = out_ptr.dtype.element_ty
     if ACTIVATE:
-        gate, up = tl.split(tl.reshape(out, (ROWS, BLOCK_N, 2)))
+        gate, up = tl.split(tl.permute(tl.reshape(out, (BLOCK_N, 2, ROWS)), (0, 2, 1)))
         gate = gate.to(dtype).to(tl.float32)
         out = ((gate / (1.0 + tl.exp(-gate))).to(dtype) * up.to(dtype)).to(tl.float32)
     if ADD:
@@ -77,27 +79,27 @@ def _finish(out, out_ptr, at, mask, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, A
 
 @triton.jit
 def _weights(weight_ptr, row, in_rows, piece, K: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr):
-    """[SPLITS, CHUNK, rows]: a piece of the reduction of the given weight rows."""
+    """[SPLITS, weight rows, CHUNK]: a piece of the reduction of the given weight rows."""
     k = piece * (SPLITS * CHUNK) + tl.arange(0, SPLITS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    mask = (k < K)[:, :, None] & in_rows[None, None, :]
-    return tl.load(weight_ptr + row[None, None, :].to(tl.int64) * K + k[:, :, None], mask=mask, other=0.0)
+    mask = (k < K)[:, None, :] & in_rows[None, :, None]
+    return tl.load(weight_ptr + row[None, :, None].to(tl.int64) * K + k[:, None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _inputs(x_ptr, gain_ptr, x_stride, rows, squares, piece, K: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr,
             SPLITS: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """[SPLITS, ROWS, CHUNK]: the same piece of the inputs, times the norm's gain, and their squares added up [ROWS].
+    """[SPLITS, CHUNK, ROWS]: the same piece of the inputs, times the norm's gain, and their squares added up [ROWS].
 
     The norm's other factor, one a row, comes after the product: the product need not wait until it is known.
     """
     k = piece * (SPLITS * CHUNK) + tl.arange(0, SPLITS)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
-    row = tl.arange(0, ROWS)[None, :, None]
-    x = tl.load(x_ptr + row * x_stride + k[:, None, :], mask=(row < rows) & (k < K)[:, None, :], other=0.0)
+    row = tl.arange(0, ROWS)[None, None, :]
+    x = tl.load(x_ptr + row * x_stride + k[:, :, None], mask=(row < rows) & (k < K)[:, :, None], other=0.0)
     if NORM:
         wide = x.to(tl.float32)
-        squares += tl.sum(tl.sum(wide * wide, axis=2), axis=0)
+        squares += tl.sum(tl.sum(wide * wide, axis=1), axis=0)
         gain = tl.load(gain_ptr + k, mask=k < K, other=0.0)
-        x = (wide * gain[:, None, :].to(tl.float32)).to(x.dtype)
+        x = (wide * gain[:, :, None].to(tl.float32)).to(x.dtype)
     return x, squares
 
 
@@ -138,8 +140,8 @@ def _linear_kernel(
         weight_row = n
     in_columns = column < N
     m = tl.arange(0, ROWS)
-    at = m[:, None] * out_stride + n[None, :]
-    mask = (m < rows)[:, None] & (n < N)[None, :]
+    at = n[:, None] + m[None, :] * out_stride
+    mask = (n < N)[:, None] & (m < rows)[None, :]
 
     if FMA:
         k = tl.arange(0, SPLITS * CHUNK * PIECES)
@@ -161,8 +163,8 @@ def _linear_kernel(
                 scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / K + eps)
                 wide *= gain.to(tl.float32)
             sums = tl.sum(weights.to(tl.float32) * wide[None, :], axis=1) * scale
-            out_mask = (n < tl.where(row < rows, N, 0))[None, :]
-            _finish(sums[None, :], out_ptr, row * out_stride + n[None, :], out_mask, BLOCK_N, 1, ACTIVATE, ADD)
+            out_mask = (n < tl.where(row < rows, N, 0))[:, None]
+            _finish(sums[:, None], out_ptr, row * out_stride + n[:, None], out_mask, BLOCK_N, 1, ACTIVATE, ADD)
         return
 
     w0 = _weights(weight_ptr, weight_row, in_columns, 0, K, SPLITS, CHUNK)
@@ -176,19 +178,19 @@ def _linear_kernel(
         gdc_wait()
     squares = tl.zeros((ROWS,), dtype=tl.float32)
     x, squares = _inputs(x_ptr, norm_ptr, x_stride, rows, squares, 0, K, NORM, ROWS, SPLITS, CHUNK)
-    sums = tl.dot(x, w0, input_precision=PRECISION)
+    sums = tl.dot(w0, x, input_precision=PRECISION)
     if PIECES > 1:
         x, squares = _inputs(x_ptr, norm_ptr, x_stride, rows, squares, 1, K, NORM, ROWS, SPLITS, CHUNK)
-        sums = tl.dot(x, w1, sums, input_precision=PRECISION)
+        sums = tl.dot(w1, x, sums, input_precision=PRECISION)
     if PIECES > 2:
         x, squares = _inputs(x_ptr, norm_ptr, x_stride, rows, squares, 2, K, NORM, ROWS, SPLITS, CHUNK)
-        sums = tl.dot(x, w2, sums, input_precision=PRECISION)
+        sums = tl.dot(w2, x, sums, input_precision=PRECISION)
     if PIECES > 3:
         x, squares = _inputs(x_ptr, norm_ptr, x_stride, rows, squares, 3, K, NORM, ROWS, SPLITS, CHUNK)
-        sums = tl.dot(x, w3, sums, input_precision=PRECISION)
+        sums = tl.dot(w3, x, sums, input_precision=PRECISION)
     out = tl.sum(sums, axis=0)
     if NORM:
-        out *= tl.rsqrt(squares / K + eps)[:, None]
+        out *= tl.rsqrt(squares / K + eps)[None, :]
     _finish(out, out_ptr, at, mask, BLOCK_N, ROWS, ACTIVATE, ADD)
 
 
@@ -197,9 +199,12 @@ def linear_constants(
 ) -> dict[str, int | str]:
     """The compile-time constants of the kernel that follow from shapes."""
     fma = config.splits == 1
-    piece = next_power_of_2(inputs) if fma else min(_PIECE, max(next_power_of_2(inputs), 16 * config.splits))
+    piece = next_power_of_2(inputs)
+    if not fma:
+        piece = min(_PIECE, max(piece, 16 * config.splits))
+    tall = 8 if rows <= 8 else MOST_ROWS
     return {
-        "N": outputs, "K": inputs, "ROWS": next_power_of_2(rows) if fma else MOST_ROWS, "BLOCK_N": config.block_n,
+        "N": outputs, "K": inputs, "ROWS": next_power_of_2(rows) if fma else tall, "BLOCK_N": config.block_n,
         "SPLITS": config.splits, "CHUNK": piece // config.splits, "PIECES": cdiv(inputs, piece),
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "FMA": fma,
     }  # fmt: skip
