@@ -115,11 +115,9 @@ def elementwise_cases() -> Iterator[Case]:
     for tokens in (1, 8, 64, 256, 2048):
         shape = f"{tokens} tokens"
         size = 4.0 * tokens * HIDDEN
-        pairs = torch.randn(count_inputs(size), 2, tokens, HIDDEN, dtype=BF16)
-        calls: Calls = [partial(ops.rms_norm, x, norm_weight, 1e-6) for x, _ in pairs]
+        inputs = torch.randn(count_inputs(size), tokens, HIDDEN, dtype=BF16)
+        calls: Calls = [partial(ops.rms_norm, x, norm_weight, 1e-6) for x in inputs]
         yield Case("rms_norm", shape, size, 0, calls, [])
-        calls = [partial(ops.add_rms_norm, x, residual, norm_weight, 1e-6) for x, residual in pairs]
-        yield Case("add_rms_norm", shape, 2 * size, 0, calls, [])
 
         size = 6.0 * tokens * INTERMEDIATE
         inputs = torch.randn(count_inputs(size), tokens, 2 * INTERMEDIATE, dtype=BF16)

@@ -208,7 +208,7 @@ class OnlineWorkloads:
         interval = 1 / plan.request_rate
         due: float | None = None
         # How far the slowest is says that all run; how far the fastest is, that all will go on running for a while.
-        while arriving and not any(task.done() for task in tasks):
+        while arriving and not any(task.done() for task in tasks[: len(streams)]):
             progress = [len(stream.token_times) for stream in streams]
             now = time.perf_counter()
             if max(progress) > last_arrival:

@@ -216,6 +216,8 @@ class Soak:
             await asyncio.wait([request], timeout=choose.uniform(0, 0.05))
             request.cancel()
             await asyncio.wait([request])
+            if not request.cancelled() and (error := request.exception()) is not None:
+                raise error
         else:
             # One that is left is aborted, unless it ended first.
             leave_after = choose.randrange(max_tokens) if kind == "leave" else max_tokens

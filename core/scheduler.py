@@ -143,8 +143,7 @@ class Scheduler:
         context = int(self.table.num_computed[decode_slots].sum())
         budget = self._prefill_budget(len(decode_slots), context)
         chunks = PrefillChunks()
-        self._continue_prefills(budget, chunks)
-        admitted = self._admit(budget, chunks)
+        admitted = self._take_prefills(budget, chunks)
         if not len(decode_slots) and not chunks.slots:
             return None
         step = Step(
@@ -219,19 +218,28 @@ class Scheduler:
             return PrefillBudget(tokens, self.config.block_size)
         return self.step_time.prefill_budget(tokens, self.config.block_size, context)
 
-    def _continue_prefills(self, budget: PrefillBudget, chunks: PrefillChunks) -> None:
-        """Requests whose prompt was cut off by an earlier step's budget."""
+    def _take_prefills(self, budget: PrefillBudget, chunks: PrefillChunks) -> list[AdmittedSlot]:
+        """Requests whose prompt was cut off by an earlier step's budget, and new ones, in the one order of them all."""
         table = self.table
+        admitted: list[AdmittedSlot] = []
         for request in self._prefilling.copy():
+            self._admit(budget, chunks, admitted, before=request)
             start = int(table.num_computed[request.slot])
             length = budget.take(start, int(table.num_known[request.slot]) - start)
             if not length:
-                break
+                return admitted
             self._prefill(request, length, chunks)
+        self._admit(budget, chunks, admitted)
+        return admitted
 
-    def _admit(self, budget: PrefillBudget, chunks: PrefillChunks) -> list[AdmittedSlot]:
-        """Takes waiting requests in order, while there are slots, blocks and budget."""
-        admitted: list[AdmittedSlot] = []
+    def _admit(
+        self,
+        budget: PrefillBudget,
+        chunks: PrefillChunks,
+        admitted: list[AdmittedSlot],
+        before: Request | None = None,
+    ) -> None:
+        """Takes waiting requests in order, of those that go before `before`, while there are slots, blocks, budget."""
         # Each decoding request may need a block soon; taking the last ones now would mean preempting at once.
         reserve = len(self._decoding_slots())
         while not budget.is_spent and self._waiting and self.table.num_free:
@@ -239,6 +247,8 @@ class Scheduler:
             if request.phase is Phase.FINISHED:
                 heapq.heappop(self._waiting)
                 continue
+            if before is not None and request.order > before.order:
+                break
             if request.num_in_flight:
                 break  # preempted with tokens still to come back, one of which may end it
             if reserve + 1 > self.pool.num_free:
@@ -257,7 +267,6 @@ class Scheduler:
             request.block_ids = cached + self.pool.allocate(num_blocks - len(cached))
             admitted.append(self._start(request, len(cached)))
             self._prefill(request, length, chunks)
-        return admitted
 
     def _find_cached_blocks(self, request: Request) -> list[int]:
         """Blocks that hold the beginning of the request's tokens; never the last token, whose logits are needed."""

@@ -167,7 +167,7 @@ class StepTimeModel:
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learns from a step that took `seconds`. Short prefills say too little and are passed over."""
-        if seconds <= 0 or 0 < work.tokens < self.min_chunk:
+        if seconds <= 0 or 0 < work.tokens < self.min_chunk // 2:
             return
         decode, prefill = self.decode_seconds(work.context), self.prefill_seconds(work.tokens, work.pairs)
         if not work.tokens:

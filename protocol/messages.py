@@ -20,7 +20,7 @@ from msgspec import Meta, Struct
 
 from protocol.sampling import SamplingParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Int32Array = bytes
 Int64Array = bytes

@@ -36,6 +36,7 @@ from worker.runner import PendingTokens, StepRunner
 from worker.weights import load_weights, randomize_weights
 
 EPOCH = 0
+_TRIALS = 3  # more than one, since the driver takes memory for graphs in pieces of several
 
 
 def make_device(config: EngineConfig) -> torch.device:
@@ -108,21 +109,23 @@ def _peak_bytes(
 ) -> int:
     """Most device memory in use while the largest steps run, and what the graphs will add to it.
 
-    Measured with a cache of a few blocks: null rows read only the null block. The largest graph of each kind is
-    captured on trial, twice. The first time shows their buffers, which the smaller graphs will share; the second what
-    the driver keeps for a graph's nodes, which each graph will cost again.
+    Measured with a cache of a few blocks: null rows read only the null block. Graphs are captured on trial, the largest
+    of each kind, again and again: the first time shows their buffers, which the smaller graphs will share, the other
+    times what the driver keeps for a graph's nodes, which each graph will cost again. Steps run eagerly beside the
+    graphs' buffers, to warm up and where they are too large to be captured.
     """
     runner.program.set_kv_cache(allocate_kv_cache(config, 2, device, dtype))
+    before = _used_bytes()
     runner.run_largest_steps()
-    used = _used_bytes()
+    eager = _used_bytes() - before
     if not use_graphs:
-        return used
-    first = runner.capture_graphs(only_largest=True)
+        return before + eager
+    trials = [runner.capture_graphs(only_largest=True)]
     with_buffers = _used_bytes()
-    second = runner.capture_graphs(only_largest=True, like=first)
-    nodes = max(0, _used_bytes() - with_buffers) // len(second)
-    assert len(first) == len(second)
-    return with_buffers + nodes * runner.num_graphs
+    for _ in range(_TRIALS):
+        trials.append(runner.capture_graphs(only_largest=True, like=trials[0]))
+    nodes = max(0, _used_bytes() - with_buffers) / (_TRIALS * len(trials[0]))
+    return with_buffers + eager + int(nodes * runner.num_graphs)
 
 
 def _used_bytes() -> int:

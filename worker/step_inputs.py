@@ -49,11 +49,13 @@ class StepInputs:
         host[2 * most : 2 * most + len(rows.sample_tokens)] = rows.sample_tokens
         host[3 * most : 3 * most + len(rows.query_start)] = rows.query_start
         host[4 * most + 1] = rows.num_decode_rows
-        end = start = self._tokens_at + rows.num_decode_rows
+        end = self._tokens_at
+        if rows.prefill_tokens:
+            end += rows.num_decode_rows
         for tokens in rows.prefill_tokens:
             host[end : end + len(tokens)] = tokens
             end += len(tokens)
-        self._ring.send(0, end if rows.prefill_tokens else start)
+        self._ring.send(0, end)
 
 
 def pad(values: np.ndarray, size: int, fill: int) -> np.ndarray:

@@ -430,6 +430,19 @@ def test_short_prompts_join_the_next_step_while_streams_run() -> None:
     assert all(len(engine.tokens[request_id]) == 1 for request_id in range(100, 108))
 
 
+def test_an_urgent_prompt_goes_before_a_long_one_that_is_being_computed() -> None:
+    engine = streaming_engine()
+    engine.add(100, prompt_of(100, 8000), max_tokens=1)
+    turn(engine)
+    engine.add(101, prompt_of(101, 16), max_tokens=1, priority=-1)
+    engine.add(102, prompt_of(102, 16), max_tokens=1)
+    turn(engine, 3)
+    assert 101 in engine.ends
+    assert 102 not in engine.ends
+    turn(engine, 20)
+    assert engine.ends.keys() >= {100, 102}
+
+
 def test_many_short_prompts_are_bounded_together_and_go_in_order() -> None:
     engine = streaming_engine()
     for request_id in range(100, 140):

@@ -122,9 +122,25 @@ def test_short_prefills_teach_nothing() -> None:
     model = taught_model()
     before = chunk(model)
     for _ in range(10):
-        work = prefill(0, MIN_CHUNK - 1, STREAMS.context)
+        work = prefill(0, MIN_CHUNK // 2 - 1, STREAMS.context)
         model.observe(work, 50 * gpu_seconds(work))
     assert chunk(model) == before
+
+
+@pytest.mark.parametrize("length", [60, 90, 100, 250])
+def test_a_wrong_rate_is_corrected_by_the_little_that_it_leaves_room_for(length: int) -> None:
+    """One absurd time, before any other, and then short prompts only, whatever their chunks come to."""
+    model = StepTimeModel(8e-3, COSTS)
+    for _ in range(5):
+        model.observe(STREAMS, gpu_seconds(STREAMS))
+    model.observe(prefill(0, 1024), 1.0)
+    for _ in range(50):
+        budget = model.prefill_budget(BUDGET, BLOCK_SIZE, STREAMS.context)
+        while budget.take(0, length):
+            pass
+        work = StepWork(STREAMS.context, budget.num_tokens, budget.num_pairs)
+        model.observe(work, gpu_seconds(work))
+    assert model.prefill_budget(BUDGET, BLOCK_SIZE, STREAMS.context).take(0, BUDGET) > 1500
 
 
 def test_times_that_are_no_times_are_passed_over() -> None:

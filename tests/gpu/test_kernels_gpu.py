@@ -48,16 +48,11 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("hidden", [1024, 2560, 5120])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_rms_norm(tokens: int, hidden: int) -> None:
-    x, residual = torch.randn(2, tokens, hidden, dtype=BF16)
+    x = torch.randn(tokens, hidden, dtype=BF16)
     weight = torch.randn(hidden, dtype=BF16)
     out = KERNELS.rms_norm(x, weight, 1e-6)
     assert_close(out, REFERENCES.rms_norm(x.double().float(), weight.float(), 1e-6))
     assert torch.equal(out, replay(lambda: KERNELS.rms_norm(x, weight, 1e-6)))
-    own, expected_residual = residual.clone(), residual.clone()
-    out = KERNELS.add_rms_norm(x, own, weight, 1e-6)
-    expected = REFERENCES.add_rms_norm(x, expected_residual, weight, 1e-6)
-    assert torch.equal(own, expected_residual)
-    assert_close(out, expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 64, 300])

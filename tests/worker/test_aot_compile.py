@@ -23,6 +23,7 @@ from worker.kernels import (  # noqa: E402
     argmax_sample,
     attention_decode,
     attention_prefill,
+    commit_step,
     filter_threshold,
     fused_linear,
     gumbel_sample,
@@ -141,20 +142,19 @@ def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
     norm = dict(rms_norm.rms_norm_config(1024))
     warps = norm.pop("num_warps")
     limit = SHARED_MEMORY[capability] * 1024
-    for add in (False, True):
-        constants = {"HIDDEN": 1024, "ADD": add, **norm}
-        assert shared_memory(rms_norm._rms_norm_kernel, capability, bf16, constants, num_warps=warps) <= limit
+    constants = {"HIDDEN": 1024, **norm}
+    assert shared_memory(rms_norm._rms_norm_kernel, capability, bf16, constants, num_warps=warps) <= limit
     constants = {"INTERMEDIATE": 3072, "BLOCK": 1024}
     assert shared_memory(silu_mul._silu_mul_kernel, capability, bf16, constants, num_warps=4) <= limit
-    for norm_heads, head_dim in ((True, 128), (False, 64)):
-        constants = {"NUM_HEADS": 16, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "HALF": head_dim // 2, "HEADS": 4,
+    for norm_heads, head_dim, heads, warps in ((True, 128, 4, 2), (False, 64, 4, 2), (True, 128, 32, 8)):
+        constants = {"NUM_HEADS": 16, "NUM_KV_HEADS": 8, "HEAD_DIM": head_dim, "HALF": head_dim // 2, "HEADS": heads,
                      "NORM": norm_heads}  # fmt: skip
         if not norm_heads:
             constants |= {"q_weight_ptr": None, "k_weight_ptr": None}
         kernel = qk_norm_rope._qk_norm_rope_cache_kernel
-        assert shared_memory(kernel, capability, bf16, constants, num_warps=2) <= limit
+        assert shared_memory(kernel, capability, bf16, constants, num_warps=warps) <= limit
     small_memory = SHARED_MEMORY[capability] == 99
-    for rows in (1, 2, 8):
+    for rows in (1, 8, 16):
         for outputs, inputs, activate in (
             (4096, 1024, False), (1024, 2048, False), (3072, 1024, True), (1024, 3072, False), (9728, 2560, True),
             (2560, 4096, False),
@@ -170,6 +170,8 @@ def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
                 fused_linear._linear_kernel, capability, bf16, constants, num_warps=linear.num_warps, num_stages=1
             )
             assert used <= limit, f"{rows} rows, {outputs} x {inputs}: {used} bytes"
+    for kernel in (commit_step._commit_lengths_kernel, commit_step._commit_tokens_kernel):
+        assert shared_memory(kernel, capability, bf16, {"BLOCK": 128}) <= limit
     constants = {"BLOCK_SIZE": 16, "BLOCK": 128}
     assert shared_memory(step_metadata._step_metadata_kernel, capability, bf16, constants) <= limit
     config = attention_decode.decode_config(capability, 128, 2, 512)

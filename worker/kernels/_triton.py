@@ -34,8 +34,30 @@ except ImportError:
     gdc_launch_dependents = gdc_wait = None
 
 __all__ = [
-    "INTERPRETED", "cdiv", "dependent_launch", "gdc_launch_dependents", "gdc_wait", "next_power_of_2", "tl", "triton",
-]  # fmt: skip
+    "INTERPRETED",
+    "LARGE_SHARED_MEMORY",
+    "capability_and_processors",
+    "cdiv",
+    "dependent_launch",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "next_power_of_2",
+    "tl",
+    "triton",
+]
+
+
+# Compute capabilities whose blocks may have at least 163 KiB of shared memory; others have 99 KiB.
+LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+@cache
+def capability_and_processors(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors; for Triton's interpreter, those of a very small sm_80."""
+    if device.type != "cuda":
+        return (8, 0), 4
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 @cache

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from worker.kernels._triton import (
+    LARGE_SHARED_MEMORY,
+    capability_and_processors,
     cdiv,
     dependent_launch,
     gdc_launch_dependents,
@@ -50,7 +52,7 @@ def decode_config(capability: tuple[int, int], head_dim: int, element_size: int,
     Few rows do not fill the device with programs, so that each program's own loads must: larger tiles, by more warps.
     """
     token_bytes = 2 * next_power_of_2(head_dim) * element_size  # a key and a value
-    large = capability in ((8, 0), (9, 0), (10, 0), (10, 3))  # at least 163 KiB of shared memory
+    large = capability in LARGE_SHARED_MEMORY
     if large and rows <= FEW_ROWS and token_bytes <= 512:
         return DecodeConfig(tile=128, num_warps=4, num_stages=4, programs_per_sm=2, min_chunk=128, long_chunk=1 << 30)
     tile = 64 if token_bytes <= 512 else 32
@@ -95,11 +97,7 @@ class DecodeWorkspace:
         device: torch.device,
     ) -> DecodeWorkspace:
         """Allocates the workspace for steps of at most `max_rows` decode rows."""
-        if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            capability, processors = (properties.major, properties.minor), properties.multi_processor_count
-        else:  # Triton's interpreter
-            capability, processors = (8, 0), 4
+        capability, processors = capability_and_processors(device)
         few, many = (decode_config(capability, head_dim, dtype.itemsize, rows) for rows in (1, FEW_ROWS + 1))
         units = processors / num_kv_heads
         most_items = max_rows + 2 * max(1, int(units * max(few.programs_per_sm, many.programs_per_sm)))

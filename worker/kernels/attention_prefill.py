@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from worker.kernels._triton import (
+    capability_and_processors,
     cdiv,
     dependent_launch,
     gdc_launch_dependents,
@@ -288,11 +289,7 @@ def paged_prefill_attention(
     block_size, num_kv_heads = key_cache.shape[1:3]
     rows = row_slots.shape[0]
     prefill_tokens, prefill_rows = tokens - least_decode_rows, rows - least_decode_rows
-    if query.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(query.device)
-        capability, processors = (properties.major, properties.minor), properties.multi_processor_count
-    else:  # Triton's interpreter
-        capability, processors = (8, 0), 4
+    capability, processors = capability_and_processors(query.device)
     group = num_heads // num_kv_heads
     large = prefill_config(capability, head_dim, query.dtype.itemsize, small=False)
     small = 2 * cdiv(prefill_tokens * group, large.block_m) * num_kv_heads <= processors

@@ -19,7 +19,7 @@ from worker.kernels._triton import (
     tl,
     triton,
 )
-from worker.kernels.gumbel_sample import _load_stretch, measure_stretches, stretch_size
+from worker.kernels.gumbel_sample import load_stretch, measure_stretches, stretch_size
 
 PIVOTS = 16
 # Programs that a pass wants: a few for each multiprocessor. More would read the pivots' sums more often.
@@ -220,7 +220,7 @@ def _pass_kernel(
             if tl.load(highest_ptr + row * STRETCHES + stretch) < lowest:
                 tl.store(at, tl.zeros((PIVOTS,), tl.float32))
             else:
-                logits = _load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
+                logits = load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
                 tl.store(at, _sums_of(logits, pivots, kind, maximum, scale))
 
 
@@ -266,7 +266,7 @@ def _finish_kernel(
             pivots = _value_of(_pivots_of(low, high, fresh, maximum, PIVOTS, SHIFT), SHIFT)
             sums = tl.zeros((PIVOTS,), tl.float32)
             for stretch in range(STRETCHES):
-                logits = _load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
+                logits = load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
                 sums += _sums_of(logits, pivots, kind, maximum, scale)
             low, high, kind, fresh, wanted = _advance(
                 low, high, kind, fresh, wanted, maximum, sums, top_p, PIVOTS, SHIFT

@@ -15,6 +15,8 @@ from torch.nn.functional import linear
 
 from worker.kernels._triton import (
     INTERPRETED,
+    LARGE_SHARED_MEMORY,
+    capability_and_processors,
     cdiv,
     dependent_launch,
     gdc_launch_dependents,
@@ -218,7 +220,7 @@ def _config(x: torch.Tensor, outputs: int, *, activate: bool = False) -> LinearC
     rows, inputs = x.shape
     if rows == 0 or (x.dtype != torch.bfloat16 and not INTERPRETED):
         return None
-    small_memory = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) in ((8, 6), (8, 9), (12, 0))
+    small_memory = capability_and_processors(x.device)[0] not in LARGE_SHARED_MEMORY
     return linear_config(rows, outputs, inputs, activate=activate, small_memory=small_memory)
 
 

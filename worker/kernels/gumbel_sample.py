@@ -26,7 +26,7 @@ STRETCH = 2048
 
 
 @triton.jit
-def _load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     """[BLOCK] fp32 logits, -inf past the vocabulary."""
     index = stretch * BLOCK + tl.arange(0, BLOCK)
     at = logits_ptr + row.to(tl.int64) * logits_stride + index
@@ -53,7 +53,7 @@ def _stretch_kernel(
         gdc_wait()
     stretch = tl.program_id(0)
     row = tl.program_id(1)
-    logits = _load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
+    logits = load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
     temperature = tl.load(temperature_ptr + tl.load(row_slots_ptr + row))
     highest = tl.max(logits, axis=0)
     # Weights are relative to the stretch's own maximum: the row's is not known yet. A NaN or +inf makes the mass NaN.
@@ -121,7 +121,7 @@ def _draw_kernel(
         if temperature > 0.0:
             score = (highest - maximum) * scale + tl.log2(mass) + _noise(seed, position, 0, 1, PADDED)
         _best, stretch = tl.max(score, axis=0, return_indices=True)  # the lowest index of equals
-        logits = _load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
+        logits = load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
         score = logits
         if temperature > 0.0:
             score = (logits - maximum) * scale + _noise(seed, position, stretch * BLOCK, 0, BLOCK)

@@ -27,7 +27,6 @@ from worker.kernels._triton import INTERPRETED
 
 _MODULES: dict[str, ModuleType] = {
     "rms_norm": rms_norm,
-    "add_rms_norm": rms_norm,
     "norm_linear": fused_linear,
     "norm_linear_silu_mul": fused_linear,
     "linear_add": fused_linear,
@@ -47,7 +46,6 @@ class Ops:
     """The fused operations of a step; each is documented where it is defined."""
 
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-    add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
     norm_linear: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], torch.Tensor]
     norm_linear_silu_mul: Callable[[torch.Tensor, torch.Tensor, float, torch.Tensor], torch.Tensor]
     linear_add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]

@@ -1,4 +1,4 @@
-"""RMSNorm, alone and fused with the residual addition before it.
+"""RMSNorm of each token: the norm of the steps whose products are cuBLAS's.
 
 One program normalises one token, whose hidden state it keeps in registers. Knows nothing of layers or models.
 """
@@ -13,16 +13,13 @@ from worker.kernels._triton import dependent_launch, gdc_launch_dependents, gdc_
 @triton.jit
 def _rms_norm_kernel(
     x_ptr,
-    residual_ptr,
     weight_ptr,
     out_ptr,
     x_stride,
     out_stride,
-    residual_stride,
     eps,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
@@ -34,11 +31,6 @@ def _rms_norm_kernel(
     if DEPENDENT:
         gdc_wait()
     x = tl.load(x_ptr + token * x_stride + offsets, mask=mask, other=0.0)
-    if ADD:
-        residual = tl.load(residual_ptr + token * residual_stride + offsets, mask=mask, other=0.0)
-        # The residual stream is rounded to its dtype after every addition, and normalised as rounded.
-        x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
-        tl.store(residual_ptr + token * residual_stride + offsets, x, mask=mask)
     x = x.to(tl.float32)
     variance = tl.sum(x * x, axis=0) / HIDDEN
     normalised = (x * tl.rsqrt(variance + eps)).to(out_ptr.dtype.element_ty)
@@ -69,48 +61,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if tokens:
         _rms_norm_kernel[(tokens,)](
             x,
-            x,
             weight,
             out,
             x.stride(0),
             hidden,
-            0,
             eps,
             HIDDEN=hidden,
-            ADD=False,
-            **rms_norm_config(hidden),
-            **dependent_launch(x.device),
-        )
-    return out
-
-
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds `x` into `residual` in place, then returns the RMSNorm of the sum.
-
-    Moves 4 * tokens * hidden elements; 5 flops an element.
-
-    Args:
-        x: [tokens, hidden]; tokens may be strided.
-        residual: [tokens, hidden], the dtype of `x`; becomes x + residual, rounded to its dtype.
-        weight: [hidden], the dtype of `x`.
-
-    Returns:
-        [tokens, hidden], contiguous, in the dtype of `x`.
-    """
-    tokens, hidden = x.shape
-    out = torch.empty((tokens, hidden), dtype=x.dtype, device=x.device)
-    if tokens:
-        _rms_norm_kernel[(tokens,)](
-            x,
-            residual,
-            weight,
-            out,
-            x.stride(0),
-            hidden,
-            residual.stride(0),
-            eps,
-            HIDDEN=hidden,
-            ADD=True,
             **rms_norm_config(hidden),
             **dependent_launch(x.device),
         )
@@ -122,9 +78,3 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     wide = x.float()
     normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normalised.to(x.dtype) * weight
-
-
-def add_rms_norm_reference(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`add_rms_norm` in plain torch, for any device."""
-    residual.add_(x)
-    return rms_norm_reference(residual, weight, eps)
