@@ -20,7 +20,7 @@ MIN_CHUNK = 256
 UNMEASURED_CHUNK = 1024
 # Prefill may always take this many times as long as the decodes beside it. Where decodes alone come near the bound a
 # prompt would crawl, and each step reads the weights once more for little.
-PREFILL_PER_DECODE = 2.0
+PREFILL_PER_DECODE = 4.0
 # The median of five: two that are far off change nothing, and three make a change known.
 NUM_SAMPLES = 5
 

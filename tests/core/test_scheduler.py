@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from bundled import MODEL_DIR
 from core.engine import step_time_model
 from core.scheduler import Scheduler, SchedulerConfig
-from core.step_time import MIN_CHUNK, UNMEASURED_CHUNK, RelativeCosts, StepTimeModel, StepWork
+from core.step_time import MIN_CHUNK, PREFILL_PER_DECODE, UNMEASURED_CHUNK, RelativeCosts, StepTimeModel, StepWork
 from protocol.config import EngineConfig, make_options
 from protocol.messages import AddRequest, Failed, StepOutputs, pack_ints, unpack_ints
 from protocol.resolve import resolve
@@ -53,7 +53,7 @@ def assert_bounded(scheduler: Scheduler) -> None:
     prefill = model.prefill_seconds(work.tokens, work.pairs)
     if prefill:
         decode = model.decode_seconds(work.context)
-        assert prefill <= max(model.max_seconds - decode, 2 * decode) * (1 + 1e-9)
+        assert prefill <= max(model.max_seconds - decode, PREFILL_PER_DECODE * decode) * (1 + 1e-9)
     else:
         assert work.tokens <= UNMEASURED_CHUNK
 

@@ -8,6 +8,7 @@ import pytest
 
 from core.step_time import (
     MIN_CHUNK,
+    PREFILL_PER_DECODE,
     UNMEASURED_CHUNK,
     PrefillBudget,
     RelativeCosts,
@@ -68,7 +69,7 @@ def test_a_chunk_comes_to_the_bound_and_not_over_it(start: int) -> None:
 
 
 def test_chunks_grow_with_the_bound() -> None:
-    chunks = [chunk(taught_model(bound)) for bound in (3e-3, 6e-3, 12e-3, math.inf)]
+    chunks = [chunk(taught_model(bound)) for bound in (9e-3, 12e-3, 16e-3, math.inf)]
     assert chunks == sorted(set(chunks))
     assert chunks[-1] == BUDGET
 
@@ -88,7 +89,7 @@ def test_model_converges(slower: float, before: float | None) -> None:
         times.append(slower * gpu_seconds(work))
         model.observe(work, times[-1])
         start += work.tokens
-    target = max(8e-3, 3 * slower * gpu_seconds(STREAMS))
+    target = max(8e-3, (1 + PREFILL_PER_DECODE) * slower * gpu_seconds(STREAMS))
     if work.tokens > MIN_CHUNK:
         assert times[3:] == pytest.approx([target] * 3, rel=0.25)
     else:
@@ -180,7 +181,7 @@ def test_prompts_do_not_crawl_where_decodes_alone_take_the_bound(slower: float) 
         model.observe(work, slower * gpu_seconds(work))
     work = prefill(0, chunk(model), STREAMS.context)
     assert work.tokens > MIN_CHUNK
-    assert gpu_seconds(work) == pytest.approx(3 * gpu_seconds(STREAMS), rel=0.1)
+    assert gpu_seconds(work) == pytest.approx((1 + PREFILL_PER_DECODE) * gpu_seconds(STREAMS), rel=0.1)
 
 
 def test_a_budget_counts_what_is_taken() -> None:

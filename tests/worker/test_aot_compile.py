@@ -175,7 +175,7 @@ def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
     constants = {"BLOCK_SIZE": 16, "BLOCK": 128}
     assert shared_memory(step_metadata._step_metadata_kernel, capability, bf16, constants) <= limit
     config = attention_decode.decode_config(capability, 128, 2, 512)
-    constants = {"TILE": config.tile, "MIN_CHUNK": config.min_chunk, "LONG_CHUNK": 1024, "ROWS": 512, "ITEM": 8,
+    constants = {"TILE": config.tile, "MIN_CHUNK": config.min_chunk, "ROWS": 512, "ITEM": 8,
                  "BLOCK": 32}  # fmt: skip
     assert shared_memory(attention_decode._schedule_kernel, capability, bf16, constants) <= limit
     constants = {"VOCAB": 151936, "BLOCK": 2048, "STRETCHES": 75}

@@ -39,7 +39,6 @@ class DecodeConfig:
     num_stages: int
     programs_per_sm: int  # programs that fit an SM together, which the split aims to fill
     min_chunk: int  # cached tokens below which a row is not split: a second program costs more than it saves
-    long_chunk: int  # cached tokens of an item that is worth halving, so that what runs last is short
 
 
 FEW_ROWS = 8
@@ -54,7 +53,7 @@ def decode_config(capability: tuple[int, int], head_dim: int, element_size: int,
     token_bytes = 2 * next_power_of_2(head_dim) * element_size  # a key and a value
     large = capability in LARGE_SHARED_MEMORY
     if large and rows <= FEW_ROWS and token_bytes <= 512:
-        return DecodeConfig(tile=128, num_warps=4, num_stages=4, programs_per_sm=2, min_chunk=128, long_chunk=1 << 30)
+        return DecodeConfig(tile=128, num_warps=4, num_stages=4, programs_per_sm=2, min_chunk=128)
     tile = 64 if token_bytes <= 512 else 32
     return DecodeConfig(
         tile=tile,
@@ -62,7 +61,6 @@ def decode_config(capability: tuple[int, int], head_dim: int, element_size: int,
         num_stages=4 if large else 3,
         programs_per_sm=4 if large else 2,
         min_chunk=128,
-        long_chunk=1024,
     )
 
 
@@ -74,15 +72,15 @@ class DecodeWorkspace:
     many: DecodeConfig
     work_units: float  # processors over key/value heads: programs of one head that run side by side, one an SM
     max_rows: int
-    items: torch.Tensor  # [max_rows + 2 * most splits, _ITEM] int32
+    items: torch.Tensor  # [max_rows + most splits, _ITEM] int32
     num_items: torch.Tensor  # [1] int32
     arrived: torch.Tensor  # [max_rows, num_kv_heads] int32, items done of a row; every launch leaves it zero
-    partial_out: torch.Tensor  # [max_rows + 2 * most splits, num_heads, head_dim] fp32
-    partial_lse: torch.Tensor  # [max_rows + 2 * most splits, num_heads] fp32, log2 of the sum of exponentials
+    partial_out: torch.Tensor  # [max_rows + most splits, num_heads, head_dim] fp32
+    partial_lse: torch.Tensor  # [max_rows + most splits, num_heads] fp32, log2 of the sum of exponentials
 
     def plan(self, rows: int) -> tuple[DecodeConfig, int]:
         """The configuration for a step of `rows` decode rows, and how many splits make one wave: the step has at most
-        rows + 2 * splits work items."""
+        rows + splits work items."""
         config = self.few if rows <= FEW_ROWS else self.many
         return config, max(1, int(self.work_units * config.programs_per_sm))
 
@@ -100,7 +98,7 @@ class DecodeWorkspace:
         capability, processors = capability_and_processors(device)
         few, many = (decode_config(capability, head_dim, dtype.itemsize, rows) for rows in (1, FEW_ROWS + 1))
         units = processors / num_kv_heads
-        most_items = max_rows + 2 * max(1, int(units * max(few.programs_per_sm, many.programs_per_sm)))
+        most_items = max_rows + max(1, int(units * max(few.programs_per_sm, many.programs_per_sm)))
         return DecodeWorkspace(
             few=few,
             many=many,
@@ -112,6 +110,17 @@ class DecodeWorkspace:
             partial_out=torch.empty((most_items, num_heads, head_dim), dtype=torch.float32, device=device),
             partial_lse=torch.empty((most_items, num_heads), dtype=torch.float32, device=device),
         )
+
+
+@triton.jit
+def _cut_rows(lens, in_rows, chunk, TILE: tl.constexpr):
+    """Items of each row, and their size, if no item is larger than `chunk`.
+
+    A row's items are made equal; a row without tokens keeps one item, which writes its zeros.
+    """
+    count = tl.maximum((lens + chunk - 1) // chunk, 1)
+    share = ((lens + count - 1) // count + TILE - 1) // TILE * TILE
+    return tl.where(in_rows, tl.maximum((lens + share - 1) // tl.maximum(share, 1), 1), 0), share
 
 
 @triton.jit(
@@ -127,7 +136,6 @@ def _schedule_kernel(
     splits,
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
-    LONG_CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     ITEM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -137,15 +145,23 @@ def _schedule_kernel(
     offsets = tl.arange(0, ROWS)
     in_rows = offsets < rows
     lens = tl.load(kv_lens_ptr + offsets, mask=in_rows, other=0)
-    # One wave of equal items if they are short. Of long ones rather two: what runs last, alone, is then half as long.
-    # Summed over rows, ceil(len / chunk) <= 2 * splits + rows, which bounds the launch whatever the lengths are.
-    chunk = (tl.sum(lens, axis=0) + splits - 1) // splits
-    chunk = tl.minimum(chunk, tl.maximum(LONG_CHUNK, (chunk + 1) // 2))
-    chunk = tl.maximum((chunk + TILE - 1) // TILE * TILE, MIN_CHUNK)
-    # A row's items are made equal; a row without tokens keeps one item, which writes its zeros.
-    count = tl.maximum((lens + chunk - 1) // chunk, 1)
-    share = ((lens + count - 1) // count + TILE - 1) // TILE * TILE
-    count = tl.where(in_rows, tl.maximum((lens + share - 1) // tl.maximum(share, 1), 1), 0)
+    # Equal shares for all programs that run side by side, or more: rows that are cut in equal parts may fill one wave
+    # of programs and little of a second, which then takes as long as the first. Of some larger shares, the one that
+    # is estimated to end first is taken. None is smaller than the first, so that ceil(len / chunk), summed over rows,
+    # is at most splits + rows, which bounds the launch whatever the lengths are.
+    even = (tl.sum(lens, axis=0) + splits - 1) // splits
+    chunk = tl.maximum((even + TILE - 1) // TILE * TILE, MIN_CHUNK)
+    best = 2147483647
+    for quarters in tl.static_range(4, 9):
+        larger = tl.maximum((even * quarters // 4 + TILE - 1) // TILE * TILE, MIN_CHUNK)
+        count, share = _cut_rows(lens, in_rows, larger, TILE)
+        largest = tl.max(tl.where(lens > 0, share, 0), axis=0)
+        # Items of about the largest size run in whole waves; smaller ones fill the gaps.
+        waves = (tl.sum(tl.where(2 * share > largest, count, 0), axis=0) + splits - 1) // splits
+        end = tl.maximum(largest * waves, even)
+        chunk = tl.where(end < best, larger, chunk)
+        best = tl.minimum(best, end)
+    count, share = _cut_rows(lens, in_rows, chunk, TILE)
     mine = offsets == row
     items = tl.sum(tl.where(mine, count, 0), axis=0)
     length = tl.sum(tl.where(mine, lens, 0), axis=0)
@@ -199,7 +215,6 @@ def schedule_decode(
         splits,
         TILE=config.tile,
         MIN_CHUNK=config.min_chunk,
-        LONG_CHUNK=config.long_chunk,
         ROWS=next_power_of_2(workspace.max_rows),
         ITEM=_ITEM,
         BLOCK=32,
@@ -484,7 +499,7 @@ def paged_decode_attention(
     config, splits = workspace.plan(rows)
     fused = transform is not None
     heads = transform or _NO_TRANSFORM
-    _decode_kernel[(num_kv_heads, rows + 2 * splits)](
+    _decode_kernel[(num_kv_heads, rows + splits)](
         query,
         heads.q_weight,
         heads.k_weight,
