@@ -23,7 +23,7 @@ import torch
 
 from worker.attention import AttentionBackend, AttentionMetadata, create_backend
 from worker.kernels import select
-from worker.kernels.attention_decode import DecodeWorkspace, schedule_decode
+from worker.kernels.decode_schedule import DecodeWorkspace, schedule_decode
 
 Calls = list[Callable[[], object]]
 

@@ -24,6 +24,7 @@ from worker.kernels import (  # noqa: E402
     attention_decode,
     attention_prefill,
     commit_step,
+    decode_schedule,
     filter_threshold,
     fused_linear,
     gumbel_sample,
@@ -98,7 +99,7 @@ def attention_cases(
         shapes += [(torch.bfloat16, 16, 8, 128, 256), (torch.float16, 40, 8, 128, 16)]
     for dtype, heads, kv_heads, head_dim, block_size in shapes:
         for rows, fused in ((1, False), (1, True), (16, True), (64, False)):
-            decode = attention_decode.decode_config(capability, head_dim, dtype.itemsize, rows)
+            decode = decode_schedule.decode_config(capability, head_dim, dtype.itemsize, rows)
             constants = attention_decode.decode_constants(heads, kv_heads, head_dim, block_size, decode, dtype)
             constants |= {"FUSED": fused, "NORM": fused, "PRELOAD": fused and rows == 1}
             if not fused:
@@ -174,10 +175,10 @@ def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
         assert shared_memory(kernel, capability, bf16, {"BLOCK": 128}) <= limit
     constants = {"BLOCK_SIZE": 16, "BLOCK": 128}
     assert shared_memory(step_metadata._step_metadata_kernel, capability, bf16, constants) <= limit
-    config = attention_decode.decode_config(capability, 128, 2, 512)
+    config = decode_schedule.decode_config(capability, 128, 2, 512)
     constants = {"TILE": config.tile, "MIN_CHUNK": config.min_chunk, "ROWS": 512, "ITEM": 8,
                  "BLOCK": 32}  # fmt: skip
-    assert shared_memory(attention_decode._schedule_kernel, capability, bf16, constants) <= limit
+    assert shared_memory(decode_schedule._schedule_kernel, capability, bf16, constants) <= limit
     constants = {"VOCAB": 151936, "BLOCK": 2048, "STRETCHES": 75}
     assert shared_memory(argmax_sample._partial_kernel, capability, bf16, constants) <= limit
     constants = {"STRETCHES": 75, "BLOCK": 128}

@@ -16,13 +16,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from worker.attention import QueryKeyTransform, create_backend
 from worker.attention.testing import PagedBatch, dense_attention, random_batch
-from worker.kernels.attention_decode import (
-    DecodeWorkspace,
-    paged_decode_attention,
-    paged_decode_attention_reference,
-    schedule_decode,
-)
+from worker.kernels.attention_decode import paged_decode_attention, paged_decode_attention_reference
 from worker.kernels.attention_prefill import paged_prefill_attention, paged_prefill_attention_reference
+from worker.kernels.decode_schedule import DecodeWorkspace, schedule_decode
 
 SHAPES = [  # heads, key/value heads, head_dim, block_size
     (2, 2, 64, 16),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from worker.attention.interface import AttentionMetadata, write_keys_and_values
-from worker.kernels.attention_decode import DecodeWorkspace, paged_decode_attention, schedule_decode
+from worker.kernels.attention_decode import paged_decode_attention
 from worker.kernels.attention_prefill import paged_prefill_attention
+from worker.kernels.decode_schedule import DecodeWorkspace, schedule_decode
 from worker.kernels.qk_norm_rope import QueryKeyTransform
 
 # Decode rows up to which normalisation, rotation and the cache write are part of the attention kernel. In larger steps
