@@ -1,7 +1,8 @@
 """Paged attention for rows of one query token each (decode), with the work split by cached tokens.
 
-Once a step, decode_schedule.py cuts the rows' caches into work items; every layer's `paged_decode_attention` then runs one
-program per item and key/value head. Knows nothing of prefill: rows with more query tokens are attention_prefill.py's.
+Once a step, decode_schedule.py cuts the rows' caches into work items; every layer's `paged_decode_attention` then runs
+one program per item and key/value head. Knows nothing of prefill: rows with more query tokens are for
+attention_prefill.py.
 """
 
 from __future__ import annotations
