@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from worker.attention import AttentionBackend, AttentionMetadata, create_backend
+from worker.attention import AttentionBackend, AttentionMetadata, QueryKeyTransform, create_backend
+from worker.attention.triton_backend import MOST_FUSED_ROWS
 from worker.kernels import select
 from worker.kernels.decode_schedule import DecodeWorkspace, schedule_decode
 
@@ -185,6 +186,31 @@ def linear_cases() -> Iterator[Case]:
             yield Case(name, f"{tokens} tokens", size, flops, calls, [])
 
 
+def layer_cases() -> Iterator[Case]:
+    """The four products of a layer one after another, layer by layer, as far as attention leaves them neighbours."""
+    ops = select("cuda")
+    norm_weight = torch.ones(HIDDEN, dtype=BF16)
+    shapes = [
+        ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN), (HIDDEN, HEADS * HEAD_DIM), (2 * INTERMEDIATE, HIDDEN),
+        (HIDDEN, INTERMEDIATE),
+    ]  # fmt: skip
+    num_weights = sum(outputs * inputs for outputs, inputs in shapes)
+    layers = [[torch.randn(shape, dtype=BF16) / shape[1] ** 0.5 for shape in shapes] for _ in range(14)]
+    for tokens in (1, 2, 4, 8, 16, 32, 64, 256, 8192):
+        residual, attended = torch.randn(tokens, HIDDEN, dtype=BF16), torch.randn(tokens, shapes[1][1], dtype=BF16)
+
+        def layer(
+            weights: list[torch.Tensor], residual: torch.Tensor = residual, attended: torch.Tensor = attended
+        ) -> None:
+            qkv, out, gate_up, down = weights
+            ops.norm_linear(residual, norm_weight, 1e-6, qkv)
+            ops.linear_add(attended, out, residual)
+            ops.linear_add(ops.norm_linear_silu_mul(residual, norm_weight, 1e-6, gate_up), down, residual)
+
+        calls: Calls = [partial(layer, weights) for weights in layers]
+        yield Case("a layer's products", f"{tokens} tokens", 2.0 * num_weights, 2.0 * tokens * num_weights, calls, [])
+
+
 def sample_cases() -> Iterator[Case]:
     ops = select("cuda")
     for rows in (1, 8, 64, 256):
@@ -235,12 +261,17 @@ def attention_step(
     return steps, cache
 
 
-def attention_calls(name: str, counts: list[int], kv_lens: list[int], decode: int, inputs: int) -> Calls:
-    """Calls of one layer's attention. `prepare`, once a step for all layers, is left out."""
+def attention_calls(
+    name: str, counts: list[int], kv_lens: list[int], decode: int, inputs: int, fused: bool = False
+) -> Calls:
+    """Calls of one layer's attention, `fused` with what turns the qkv product into queries, keys and values.
+
+    `prepare`, once a step for all layers, is left out.
+    """
     block_size = 256 if name == "flash_attn" else 16
     steps, cache = attention_step(counts, kv_lens, decode, block_size, inputs)
-    query = torch.randn(sum(counts), (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=BF16)[:, : HEADS * HEAD_DIM]
-    query = query.view(-1, HEADS, HEAD_DIM)
+    qkv = torch.randn(sum(counts), (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=BF16)
+    query = qkv[:, : HEADS * HEAD_DIM].view(-1, HEADS, HEAD_DIM)
 
     def backend_for(step: AttentionMetadata) -> AttentionBackend:
         backend = create_backend(
@@ -253,6 +284,10 @@ def attention_calls(name: str, counts: list[int], kv_lens: list[int], decode: in
 
     # flash-attn's backend holds the step's block table; ours holds a schedule, equal for all of them.
     backends = [backend_for(step) for step in (steps if name == "flash_attn" else steps[:1])]
+    if fused:
+        gain, angles = torch.ones(HEAD_DIM, dtype=BF16), torch.randn(max(kv_lens), HEAD_DIM // 2)
+        transform = QueryKeyTransform(gain, gain, 1e-6, torch.cat((angles.cos(), angles.sin()), dim=-1))
+        return [partial(backends[0].attend, qkv, transform, cache[0], cache[1], step) for step in steps]
     return [
         partial(backends[i % len(backends)].forward, query, cache[0], cache[1], step) for i, step in enumerate(steps)
     ]
@@ -263,7 +298,11 @@ def decode_cases() -> Iterator[Case]:
         rows = len(kv_lens)
         size = 2.0 * 2 * KV_HEADS * HEAD_DIM * sum(kv_lens) + 2.0 * 2 * HEADS * HEAD_DIM * rows
         flops = 4.0 * HEADS * HEAD_DIM * sum(kv_lens)
-        yield attention_case("decode", shape, size, flops, [1] * rows, kv_lens, rows, count_inputs(size))
+        counts, inputs = [1] * rows, count_inputs(size)
+        yield attention_case("decode", shape, size, flops, counts, kv_lens, rows, inputs)
+        if rows <= MOST_FUSED_ROWS:
+            calls = attention_calls("triton", counts, kv_lens, rows, inputs, fused=True)
+            yield Case("decode, fused", shape, size, flops, calls, [])
 
 
 def prefill_cases() -> Iterator[Case]:
@@ -312,7 +351,7 @@ def line(result: Result, flops: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", choices=["elementwise", "linear", "sample", "decode", "prefill"], help="one group of kernels"
+        "--only", choices=["elementwise", "linear", "layer", "sample", "decode", "prefill"], help="one group of kernels"
     )
     parser.add_argument("--bandwidth", type=float, default=4.28, help="memory bandwidth, TB/s")
     parser.add_argument("--rate", type=float, default=702, help="bf16 product rate, TFLOP/s")
@@ -321,6 +360,7 @@ def main() -> None:
     groups = {
         "elementwise": elementwise_cases,
         "linear": linear_cases,
+        "layer": layer_cases,
         "sample": sample_cases,
         "decode": decode_cases,
         "prefill": prefill_cases,
