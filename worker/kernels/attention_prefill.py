@@ -148,8 +148,7 @@ def _prefill_kernel(
         gdc_wait()
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     kv_head = tl.program_id(0)
-    # Longest first: the last tiles of a row attend to the most tokens.
-    program = tl.num_programs(1) - 1 - tl.program_id(1)
+    program = tl.program_id(1)
     # Row r's tiles begin at program query_start[r] // TOKENS + r, which leaves it at least the tiles it needs
     # whatever the rows' lengths are. The padding tokens are one more row, `rows`, which writes zeros.
     first_row = tl.load(decode_rows_ptr)
@@ -166,9 +165,13 @@ def _prefill_kernel(
     is_row = row < rows
     stop = tl.load(query_start_ptr + row + 1, mask=is_row, other=0)
     stop = tl.where(is_row, stop, tokens)
-    first = start + (program - (start - offset) // TOKENS - (row - first_row)) * TOKENS
-    if first >= stop:
+    # Longest first: the last tiles of a row attend to the most tokens, and the first row, where an earlier step may
+    # have left off, tends to have the most behind it. What starts last should not be what takes longest.
+    tiles = (stop - start + TOKENS - 1) // TOKENS
+    tile = tiles - 1 - (program - (start - offset) // TOKENS - (row - first_row))
+    if tile < 0:
         return
+    first = start + tile * TOKENS
     kv_len = tl.load(kv_lens_ptr + row, mask=is_row, other=0)
     slot = tl.load(row_slots_ptr + row, mask=is_row, other=0)
 
