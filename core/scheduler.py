@@ -68,6 +68,7 @@ class Scheduler:
         self.pool = BlockPool(config.num_blocks, on_reuse=self.cache.forget)
         self._requests: dict[tuple[int, int], Request] = {}
         self._waiting: list[tuple[int, int, Request]] = []  # heap; may hold finished requests, skipped when met
+        self._num_waiting_tokens = 0  # known tokens of those that are not finished
         self._running: list[Request] = []  # in a slot, in order
         self._prefilling: list[Request] = []  # those of them with known tokens still to compute, in order
         self._decode_slots: np.ndarray | None = None  # None when the set of decoding requests changed
@@ -102,7 +103,7 @@ class Scheduler:
         self._num_arrivals += 1
         self._counts["prompt_tokens"] += request.num_prompt_tokens
         self._requests[request.key] = request
-        heapq.heappush(self._waiting, (*request.order, request))
+        self._wait(request)
 
     def abort(self, frontend_index: int, request_ids: Iterable[int]) -> None:
         """Ends requests that nobody waits for any more. Ids that are unknown or finished are ignored."""
@@ -216,7 +217,13 @@ class Scheduler:
         tokens = self.config.max_num_batched_tokens - num_decodes
         if self.step_time is None or not num_decodes:
             return PrefillBudget(tokens, self.config.block_size)
-        return self.step_time.prefill_budget(tokens, self.config.block_size, context)
+        return self.step_time.prefill_budget(tokens, self.config.block_size, context, self.num_queued_tokens)
+
+    @property
+    def num_queued_tokens(self) -> int:
+        """Known tokens that are still to be computed, by requests that wait or prefill; some may turn out cached."""
+        slots = [request.slot for request in self._prefilling]
+        return self._num_waiting_tokens + int((self.table.num_known[slots] - self.table.num_computed[slots]).sum())
 
     def _take_prefills(self, budget: PrefillBudget, chunks: PrefillChunks) -> list[AdmittedSlot]:
         """Requests whose prompt was cut off by an earlier step's budget, and new ones, in the one order of them all."""
@@ -263,6 +270,7 @@ class Scheduler:
             if not length:
                 break
             heapq.heappop(self._waiting)
+            self._num_waiting_tokens -= len(request.token_ids)
             self.pool.share(cached)
             request.block_ids = cached + self.pool.allocate(num_blocks - len(cached))
             admitted.append(self._start(request, len(cached)))
@@ -326,8 +334,12 @@ class Scheduler:
                 step.detached[row] = request
                 request.num_in_flight += 1
         self._leave_slot(request, Phase.WAITING)
-        heapq.heappush(self._waiting, (*request.order, request))
+        self._wait(request)
         self._counts["num_preemptions"] += 1
+
+    def _wait(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (*request.order, request))
+        self._num_waiting_tokens += len(request.token_ids)
 
     # --- a step's tokens back -------------------------------------------------------------------------------------
 
@@ -382,6 +394,7 @@ class Scheduler:
             return
         if token >= 0:
             request.append(token)
+            self._num_waiting_tokens += 1
             self._counts["generation_tokens"] += 1
             effects.add_row(request.frontend_index, request.request_id, token)
         self._end_if_done(request, token, len(request.token_ids), effects)
@@ -449,4 +462,6 @@ class Scheduler:
         del self._requests[request.key]
         if request.slot >= 0:
             self._leave_slot(request, Phase.FINISHED)
+        else:
+            self._num_waiting_tokens -= len(request.token_ids)
         request.phase = Phase.FINISHED

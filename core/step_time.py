@@ -21,6 +21,10 @@ UNMEASURED_CHUNK = 1024
 # Prefill may always take this many times as long as the decodes beside it. Where decodes alone come near the bound a
 # prompt would crawl, and each step reads the weights once more for little.
 PREFILL_PER_DECODE = 4.0
+# A queue is not made to take more than this many steps: what waits for its first token would wait for each of them, and
+# each reads the weights once more. So a burst of long prompts is computed in large chunks, and one prompt that comes
+# while others stream in bounded ones.
+MOST_STEPS_OF_QUEUE = 8
 # The median of five: two that are far off change nothing, and three make a change known.
 NUM_SAMPLES = 5
 
@@ -156,10 +160,11 @@ class StepTimeModel:
         """Predicted time of prefill; 0 if it is not known yet."""
         return self._prefill.value * self._prefill_units(tokens, pairs)
 
-    def prefill_budget(self, tokens: int, block_size: int, context: int) -> PrefillBudget:
-        """What may be prefilled beside decodes of this context, in `tokens` at most."""
+    def prefill_budget(self, tokens: int, block_size: int, context: int, queued_tokens: int) -> PrefillBudget:
+        """What may be prefilled beside decodes of this context, in `tokens` at most, of `queued_tokens` in all."""
         decode = self.decode_seconds(context)
-        seconds = max(self.max_seconds - decode, PREFILL_PER_DECODE * decode)
+        queue = self.prefill_seconds(queued_tokens, 0)
+        seconds = max(self.max_seconds - decode, PREFILL_PER_DECODE * decode, queue / MOST_STEPS_OF_QUEUE)
         rate = self._prefill.value
         return PrefillBudget(
             tokens, block_size, seconds / rate if rate else UNMEASURED_CHUNK, self.min_chunk, self._costs.pair

@@ -13,8 +13,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from bundled import MODEL_DIR
 from core.engine import step_time_model
+from core.request import Phase
 from core.scheduler import Scheduler, SchedulerConfig
-from core.step_time import MIN_CHUNK, PREFILL_PER_DECODE, UNMEASURED_CHUNK, RelativeCosts, StepTimeModel, StepWork
+from core.step_time import (
+    MIN_CHUNK,
+    MOST_STEPS_OF_QUEUE,
+    PREFILL_PER_DECODE,
+    UNMEASURED_CHUNK,
+    PrefillBudget,
+    RelativeCosts,
+    StepTimeModel,
+    StepWork,
+)
 from protocol.config import EngineConfig, make_options
 from protocol.messages import AddRequest, Failed, StepOutputs, pack_ints, unpack_ints
 from protocol.resolve import resolve
@@ -45,6 +55,16 @@ def make_scheduler(step_time: StepTimeModel | None = None, **changes: Any) -> Sc
     return Scheduler(SchedulerConfig(**(config | changes)), step_time=step_time)
 
 
+class RecordingStepTimeModel(StepTimeModel):
+    """Notes how many tokens the scheduler said were queued."""
+
+    queued_tokens = 0
+
+    def prefill_budget(self, tokens: int, block_size: int, context: int, queued_tokens: int) -> PrefillBudget:
+        self.queued_tokens = queued_tokens
+        return super().prefill_budget(tokens, block_size, context, queued_tokens)
+
+
 def assert_bounded(scheduler: Scheduler) -> None:
     """The step just made holds no more prefill beside decodes than the model of step times allows."""
     model, work = scheduler.step_time, scheduler._in_flight[-1].work
@@ -52,8 +72,10 @@ def assert_bounded(scheduler: Scheduler) -> None:
         return
     prefill = model.prefill_seconds(work.tokens, work.pairs)
     if prefill:
-        decode = model.decode_seconds(work.context)
-        assert prefill <= max(model.max_seconds - decode, PREFILL_PER_DECODE * decode) * (1 + 1e-9)
+        assert isinstance(model, RecordingStepTimeModel)
+        decode, queue = model.decode_seconds(work.context), model.prefill_seconds(model.queued_tokens, 0)
+        bound = max(model.max_seconds - decode, PREFILL_PER_DECODE * decode, queue / MOST_STEPS_OF_QUEUE)
+        assert prefill <= bound * (1 + 1e-9)
     else:
         assert work.tokens <= UNMEASURED_CHUNK
 
@@ -356,7 +378,7 @@ def streaming_engine(max_seconds: float = 8e-3, num_streams: int = 64, **changes
     """An engine on a GPU on which streams run and have taught it what a step costs."""
     config = {"max_num_seqs": 128, "max_num_batched_tokens": 8192, "max_model_len": 16384, "block_size": 16}
     config |= {"num_blocks": 8192, "enable_prefix_caching": True} | changes
-    model = StepTimeModel(max_seconds, COSTS) if max_seconds else None
+    model = RecordingStepTimeModel(max_seconds, COSTS) if max_seconds else None
     engine = Engine(make_scheduler(model, **config), rule=lambda *_: 9)
     engine.step_seconds = gpu_seconds
     for request_id in range(num_streams):
@@ -514,7 +536,7 @@ class RandomOperations(RuleBasedStateMachine):
     def start(self, depth: int, num_blocks: int, budget: int, max_seconds: float | None, min_chunk: int) -> None:
         model = None
         if max_seconds is not None:
-            model = StepTimeModel(max_seconds, RelativeCosts(pair=0.05, cached_token=0.02), min_chunk)
+            model = RecordingStepTimeModel(max_seconds, RelativeCosts(pair=0.05, cached_token=0.02), min_chunk)
         scheduler = make_scheduler(model, num_blocks=num_blocks, max_num_seqs=6, max_num_batched_tokens=budget)
         self.engine = Engine(scheduler, depth, self.next_token)
         self.engine.step_seconds = self.step_seconds
@@ -576,6 +598,18 @@ class RandomOperations(RuleBasedStateMachine):
         references = {block: count for block, count in enumerate(scheduler.pool._references) if count}
         assert references == held
         assert scheduler.pool.num_free == scheduler.pool.num_usable - len(held)
+
+    @invariant()
+    def queued_tokens_are_counted(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        scheduler, queued = self.engine.scheduler, 0
+        for request in scheduler._requests.values():
+            if request.slot < 0:
+                queued += len(request.token_ids)
+            elif request.phase is Phase.PREFILLING:
+                queued += int(scheduler.table.num_known[request.slot] - scheduler.table.num_computed[request.slot])
+        assert scheduler.num_queued_tokens == queued
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

@@ -8,6 +8,7 @@ import pytest
 
 from core.step_time import (
     MIN_CHUNK,
+    MOST_STEPS_OF_QUEUE,
     PREFILL_PER_DECODE,
     UNMEASURED_CHUNK,
     PrefillBudget,
@@ -32,9 +33,9 @@ def prefill(start: int, length: int, context: int = 0) -> StepWork:
     return StepWork(context, length, num_pairs(start, length))
 
 
-def chunk(model: StepTimeModel, start: int = 0, context: int = STREAMS.context) -> int:
+def chunk(model: StepTimeModel, start: int = 0, context: int = STREAMS.context, queued: int = 0) -> int:
     """Tokens of a long prompt's next chunk."""
-    return model.prefill_budget(BUDGET, BLOCK_SIZE, context).take(start, 100_000)
+    return model.prefill_budget(BUDGET, BLOCK_SIZE, context, queued).take(start, 100_000)
 
 
 def taught_model(max_seconds: float = 8e-3) -> StepTimeModel:
@@ -128,6 +129,15 @@ def test_short_prefills_teach_nothing() -> None:
     assert chunk(model) == before
 
 
+def test_a_long_queue_is_computed_in_larger_chunks_and_a_short_one_is_not() -> None:
+    model = taught_model()
+    bounded = chunk(model)
+    assert chunk(model, queued=bounded * MOST_STEPS_OF_QUEUE // 2) == bounded
+    larger = chunk(model, queued=bounded * MOST_STEPS_OF_QUEUE * 2)
+    assert bounded * 1.3 < larger <= bounded * 2.1  # attention grows with the chunk
+    assert chunk(model, queued=10_000_000) == BUDGET
+
+
 @pytest.mark.parametrize("length", [60, 90, 100, 250])
 def test_a_wrong_rate_is_corrected_by_the_little_that_it_leaves_room_for(length: int) -> None:
     """One absurd time, before any other, and then short prompts only, whatever their chunks come to."""
@@ -136,12 +146,12 @@ def test_a_wrong_rate_is_corrected_by_the_little_that_it_leaves_room_for(length:
         model.observe(STREAMS, gpu_seconds(STREAMS))
     model.observe(prefill(0, 1024), 1.0)
     for _ in range(50):
-        budget = model.prefill_budget(BUDGET, BLOCK_SIZE, STREAMS.context)
+        budget = model.prefill_budget(BUDGET, BLOCK_SIZE, STREAMS.context, 0)
         while budget.take(0, length):
             pass
         work = StepWork(STREAMS.context, budget.num_tokens, budget.num_pairs)
         model.observe(work, gpu_seconds(work))
-    assert model.prefill_budget(BUDGET, BLOCK_SIZE, STREAMS.context).take(0, BUDGET) > 1500
+    assert model.prefill_budget(BUDGET, BLOCK_SIZE, STREAMS.context, 0).take(0, BUDGET) > 1500
 
 
 def test_times_that_are_no_times_are_passed_over() -> None:

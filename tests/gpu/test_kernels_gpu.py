@@ -55,7 +55,7 @@ def test_rms_norm(tokens: int, hidden: int) -> None:
     assert torch.equal(out, replay(lambda: KERNELS.rms_norm(x, weight, 1e-6)))
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 64, 300])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 33, 64, 65, 300])
 @pytest.mark.parametrize(("outputs", "inputs"), [(4096, 1024), (1024, 2048), (3072, 1024), (1024, 3072), (50, 100)])
 def test_fused_linears(outputs: int, inputs: int, rows: int) -> None:
     """No further from fp32 than plain torch in bf16 is, up to a tenth; the same from a graph."""
@@ -161,7 +161,7 @@ def test_sample(rows: int, dtype: torch.dtype) -> None:
 
 def test_sampling_draws_the_softmax() -> None:
     draws, vocab = 1_000_000, 64
-    logits = torch.randn(vocab) * 2
+    logits = torch.randn(vocab)
     slots = torch.zeros(draws, dtype=torch.int32)
     positions = torch.arange(draws, dtype=torch.int32)
     temperature, seeds = torch.tensor([0.7, 0]), torch.tensor([99, 0])

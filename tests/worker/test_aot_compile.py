@@ -32,6 +32,7 @@ from worker.kernels import (  # noqa: E402
     rms_norm,
     silu_mul,
     step_metadata,
+    tiled_linear,
 )
 
 if triton.knobs.runtime.interpret:
@@ -171,6 +172,22 @@ def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
                 fused_linear._linear_kernel, capability, bf16, constants, num_warps=linear.num_warps, num_stages=1
             )
             assert used <= limit, f"{rows} rows, {outputs} x {inputs}: {used} bytes"
+    for outputs, inputs, activate in (
+        (4096, 1024, False),
+        (1024, 2048, False),
+        (3072, 1024, True),
+        (1024, 3072, False),
+    ):
+        tiled = tiled_linear.tiled_config(outputs, inputs, activate=activate)
+        assert tiled is not None
+        constants = tiled_linear.tiled_constants(outputs, inputs, tiled, bf16)
+        constants |= {"ACTIVATE": activate, "ADD": not activate}
+        if tiled.splits == 1:
+            constants |= {"partial_out_ptr": None, "arrived_ptr": None}
+        options = {"num_warps": tiled.num_warps, "num_stages": tiled.num_stages}
+        used = shared_memory(tiled_linear._tiled_linear_kernel, capability, bf16, constants, **options)
+        # Only devices with the memory for it run it.
+        assert used <= limit or small_memory, f"tiled {outputs} x {inputs}: {used} bytes"
     for kernel in (commit_step._commit_lengths_kernel, commit_step._commit_tokens_kernel):
         assert shared_memory(kernel, capability, bf16, {"BLOCK": 128}) <= limit
     constants = {"BLOCK_SIZE": 16, "BLOCK": 128}

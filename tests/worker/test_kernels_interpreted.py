@@ -39,8 +39,10 @@ def test_silu_mul(tokens: int, intermediate: int) -> None:
     torch.testing.assert_close(KERNELS.silu_mul(gate_up), REFERENCES.silu_mul(gate_up))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 16, 17])
-@pytest.mark.parametrize(("outputs", "inputs"), [(48, 64), (50, 100), (130, 1030), (3, 2100)])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 16, 17, 64, 65])
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(48, 64), (50, 100), (130, 1030), (3, 2100), (64, 256), (64, 2560), (2048, 128)]
+)
 def test_fused_linears(outputs: int, inputs: int, rows: int) -> None:
     x = (torch.randn(rows, inputs + 32) * 2)[:, :-32]
     norm_weight = torch.randn(inputs)

@@ -2,8 +2,9 @@
 
 A step of few tokens is decided by how fast the weights stream in, and by what each kernel waits for. Up to
 `MOST_ROWS` tokens one kernel does the whole operation: it asks for its weights before it waits for the kernel that
-makes its input (programmatic dependent launch), so that memory is busy across the kernels' boundaries. Above, the
-product is cuBLAS's, beside the kernels of rms_norm.py and silu_mul.py.
+makes its input (programmatic dependent launch), so that memory is busy across the kernels' boundaries. Above, the norm
+is a kernel of its own (rms_norm.py), and the product that of tiled_linear.py up to 64 tokens; beyond, it is cuBLAS's,
+with silu_mul.py after it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from worker.kernels._triton import (
 )
 from worker.kernels.rms_norm import rms_norm, rms_norm_reference
 from worker.kernels.silu_mul import silu_mul, silu_mul_reference
+from worker.kernels.tiled_linear import MOST_ROWS as MOST_TILED_ROWS
+from worker.kernels.tiled_linear import TiledConfig, tiled_config, tiled_linear
 
-MOST_ROWS = 16  # above it cuBLAS is as fast
+MOST_ROWS = 16  # above it the inputs take more than the weights
 _MOST_INPUTS = 4096
 _PIECE = 1024  # reduced elements that are multiplied together; a longer reduction takes several pieces
 
@@ -45,7 +48,7 @@ class LinearConfig:
 def linear_config(
     rows: int, outputs: int, inputs: int, *, activate: bool, small_memory: bool = False
 ) -> LinearConfig | None:
-    """The configuration for a product of `rows` tokens; None where cuBLAS is the faster.
+    """The configuration for a product of `rows` tokens; None where another kernel is the faster.
 
     One row is multiplied and added in fp32, by many small programs that need no shared memory. More rows go through
     the tensor cores, a part of the reduction to each warp: one warp after another would add up their latency.
@@ -212,15 +215,19 @@ def linear_constants(
     }  # fmt: skip
 
 
-def _config(x: torch.Tensor, outputs: int, *, activate: bool = False) -> LinearConfig | None:
-    """How the kernel would be run for this input; None for cuBLAS.
+def _config(x: torch.Tensor, outputs: int, *, activate: bool = False) -> LinearConfig | TiledConfig | None:
+    """How one of the two kernels would be run for this input; None for cuBLAS.
 
-    That has fp32, a dtype for checking, and fp16, in which an input times the norm's gain may be too large.
+    That has fp32, a dtype for checking, and fp16, in which an input times the norm's gain may be too large. The tiled
+    kernel is for devices with dependent launch, which is what it gains from, and with the shared memory for its stages.
     """
     rows, inputs = x.shape
     if rows == 0 or (x.dtype != torch.bfloat16 and not INTERPRETED):
         return None
-    small_memory = capability_and_processors(x.device)[0] not in LARGE_SHARED_MEMORY
+    capability = capability_and_processors(x.device)[0]
+    small_memory = capability not in LARGE_SHARED_MEMORY
+    if MOST_ROWS < rows <= MOST_TILED_ROWS and (INTERPRETED or (capability >= (9, 0) and not small_memory)):
+        return tiled_config(outputs, inputs, activate=activate)
     return linear_config(rows, outputs, inputs, activate=activate, small_memory=small_memory)
 
 
@@ -259,6 +266,8 @@ def norm_linear(x: torch.Tensor, norm_weight: torch.Tensor, eps: float, weight: 
     if config is None:
         return linear(rms_norm(x, norm_weight, eps), weight)
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if isinstance(config, TiledConfig):
+        return tiled_linear(rms_norm(x, norm_weight, eps), weight, out, config)
     return _launch(x, weight, out, norm_weight, eps, config)
 
 
@@ -278,6 +287,8 @@ def norm_linear_silu_mul(x: torch.Tensor, norm_weight: torch.Tensor, eps: float,
     if config is None:
         return silu_mul(linear(rms_norm(x, norm_weight, eps), weight))
     out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
+    if isinstance(config, TiledConfig):
+        return tiled_linear(rms_norm(x, norm_weight, eps), weight, out, config, activate=True)
     return _launch(x, weight, out, norm_weight, eps, config, activate=True)
 
 
@@ -292,6 +303,8 @@ def linear_add(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) ->
     config = _config(x, weight.shape[0])
     if config is None:
         residual.addmm_(x, weight.t())
+    elif isinstance(config, TiledConfig):
+        tiled_linear(x, weight, residual, config, add=True)
     else:
         _launch(x, weight, residual, None, 0.0, config, add=True)
 
