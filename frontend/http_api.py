@@ -6,7 +6,6 @@ Completions have a module of their own; here are the routes, the list of models 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import msgspec
 from starlette.applications import Starlette
@@ -15,7 +14,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from frontend.generation_config import load_sampling_defaults
 from frontend.http_completions import ChatEndpoint, CompletionEndpoint
 from frontend.http_errors import ModelNotFoundError, error_response, internal_error_response
 from frontend.openai_responses import ModelCard, ModelList
@@ -24,8 +22,7 @@ from protocol.errors import EngineError
 
 
 def make_app(service: Service) -> Starlette:
-    """Raises ConfigError if the model's generation_config.json cannot be used."""
-    defaults = load_sampling_defaults(Path(service.config.model_path))
+    defaults = service.sampling_defaults
     started = int(time.time())
 
     def card() -> ModelCard:

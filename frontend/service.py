@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from frontend.core_link import CoreLink
+from frontend.generation_config import load_sampling_defaults
 from frontend.prompts import Prompts
 from frontend.requests import RequestTable
 from frontend.tokenizer import Tokenizer
@@ -47,7 +48,9 @@ class Service:
     requests: RequestTable
 
     def __init__(self, context: zmq.Context, config: EngineConfig) -> None:
+        """Raises ConfigError if the model's generation_config.json cannot be used."""
         self.config = config
+        self.sampling_defaults = load_sampling_defaults(Path(config.model_path))
         self.state: State = "starting"
         self.core = CoreLink(context, config.core_address, self)
         # Two threads, so that one very long text does not hold up all others.
@@ -64,7 +67,10 @@ class Service:
         if self.core.is_lost:
             raise EngineUnavailableError(_REASONS["failed"])
         self.engine = msgspec.structs.replace(
-            engine, model=self.config.model_name, has_tokenizer=self.tokenizer is not None
+            engine,
+            model=self.config.model_name,
+            has_tokenizer=self.tokenizer is not None,
+            sampling_defaults=msgspec.structs.asdict(self.sampling_defaults),
         )
         self.prompts = Prompts(self.tokenizer, self.engine, self._executor)
         self.requests = RequestTable(self.core, self.tokenizer)

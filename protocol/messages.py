@@ -87,7 +87,10 @@ class Stats(Message, frozen=True):
 
 
 class EngineInfo(Struct, array_like=True, frozen=True):
-    """What a peer must know of the engine before it sends a request."""
+    """What a peer must know of the engine before it sends a request.
+
+    `sampling_defaults` are the values, by name, that the model recommends; the frontend adds them.
+    """
 
     model: str
     max_model_len: int
@@ -95,6 +98,7 @@ class EngineInfo(Struct, array_like=True, frozen=True):
     block_size: int
     num_blocks: int
     has_tokenizer: bool = True
+    sampling_defaults: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 # --- Python client ⇄ frontend ---------------------------------------------------------------------------------------
