@@ -17,6 +17,7 @@ from starlette.routing import Route
 from frontend.http_completions import ChatEndpoint, CompletionEndpoint
 from frontend.http_errors import ModelNotFoundError, error_response, internal_error_response
 from frontend.openai_responses import ModelCard, ModelList
+from frontend.page import page_routes
 from frontend.service import Service
 from protocol.errors import EngineError
 
@@ -53,6 +54,7 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", show_model, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
+            *page_routes(),
         ],
         exception_handlers={
             HTTPException: error_response,
