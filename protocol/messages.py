@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from protocol.histogram import HistogramCounts
 from protocol.sampling import SamplingParams
 
 PROTOCOL_VERSION = 2
@@ -67,7 +68,8 @@ class GetStats(Message, frozen=True):
 class Stats(Message, frozen=True):
     """Counters since start-up and gauges of now, from the core.
 
-    `num_free_blocks` counts cached blocks that nobody holds; `prefix_cache_queries` and `_hits` count tokens.
+    `num_free_blocks` counts cached blocks that nobody holds; `prefix_cache_queries` and `_hits` count tokens;
+    `queue_time` is of seconds from arrival at the core to the step that first computed something of a request.
     """
 
     query_id: int = 0
@@ -84,6 +86,7 @@ class Stats(Message, frozen=True):
     generation_tokens: Count = 0
     finished_requests: Count = 0
     aborted_requests: Count = 0
+    queue_time: HistogramCounts = HistogramCounts()
 
 
 class EngineInfo(Struct, array_like=True, frozen=True):
