@@ -2,7 +2,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { top: 8, right: 8, bottom: 18, left: 40 };
-const HEIGHT = 116;
+const HEIGHT = 126;
 
 function svg(name, attributes, text) {
   const node = document.createElementNS(SVG, name);
@@ -11,10 +11,10 @@ function svg(name, attributes, text) {
   return node;
 }
 
-/** The smallest of 1, 2, 5, 10, 20, … that is at least `value`. */
+/** The smallest of 1, 2, 4, 10, 20, 40, … that is at least `value`; its half is whole from 2 on. */
 export function niceCeiling(value) {
   const scale = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((digit) => digit * scale).find((limit) => limit >= value * (1 - 1e-9));
+  return [1, 2, 4, 10].map((digit) => digit * scale).find((limit) => limit >= value * (1 - 1e-9));
 }
 
 const formats = [0, 1, 2].map((digits) => new Intl.NumberFormat("en", { maximumFractionDigits: digits }));
@@ -47,6 +47,7 @@ export class Chart {
     });
     this.svg = svg("svg", { role: "img", height: HEIGHT });
     figure.dataset.chart = what.series[0].key;
+    figure.classList.toggle("keyed", what.series.length > 1);
     figure.append(caption, this.svg);
     container.append(figure);
     this.width = 0;

@@ -32,7 +32,10 @@ export class Chat {
     });
     document.getElementById("clear").addEventListener("click", () => this.clear());
     document.getElementById("suggestions").addEventListener("click", (event) => {
-      if (event.target.matches("button")) this.ask(event.target.textContent);
+      if (!event.target.matches("button")) return;
+      this.ask(event.target.textContent);
+      // The button is gone, and with it the focus.
+      this.message.focus();
     });
   }
 

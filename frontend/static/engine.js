@@ -9,14 +9,14 @@ const PERIOD_MS = 1000;
 const TIMEOUT_MS = 5000;
 
 const CHARTS = [
-  { title: "Generated", unit: "tokens/s", series: [{ key: "generated" }], floor: 10 },
-  { title: "Prompts", unit: "tokens/s", series: [{ key: "prompt" }], floor: 10 },
-  { title: "Time to first token", unit: "ms", series: [{ key: "first" }], scale: 1000, floor: 10, dots: true },
+  { title: "Tokens generated", unit: "tokens/s", series: [{ key: "generated" }], floor: 10 },
+  { title: "Tokens of prompts", unit: "tokens/s", series: [{ key: "prompt" }], floor: 10 },
+  { title: "Time to first token, mean", unit: "ms", series: [{ key: "first" }], scale: 1000, floor: 10, dots: true },
   {
     title: "Requests",
     unit: "requests",
     series: [{ key: "running", name: "running" }, { key: "waiting", name: "waiting" }],
-    floor: 4,
+    floor: 2,
   },
   { title: "KV cache in use", unit: "%", series: [{ key: "cache" }], scale: 100, floor: 1, ceiling: 100 },
   { title: "Prefix-cache hits", unit: "%", series: [{ key: "hitRate" }], scale: 100, floor: 100, ceiling: 100, dots: true },

@@ -13,7 +13,14 @@ export class Options {
     this.errorLine = errorLine;
     this.restore();
     form.addEventListener("input", () => this.changed());
-    form.addEventListener("reset", () => setTimeout(() => this.changed()));
+    form.addEventListener("reset", () => {
+      // The key is not the model's business. The fields are emptied right after this.
+      const { key } = this;
+      setTimeout(() => {
+        this.form.elements.key.value = key;
+        this.changed();
+      });
+    });
     form.addEventListener("submit", (event) => event.preventDefault());
     this.changed();
   }
@@ -74,12 +81,13 @@ export class Options {
     if (this.system) parts.push("system prompt");
     if (this.form.elements.stop.value) parts.push("stop");
     if (this.form.elements.no_thinking.checked) parts.push("no thinking");
-    this.summary.textContent = parts.length ? parts.join(", ") : "the model's own";
+    this.summary.textContent = parts.length ? parts.join(", ") : "the model's own values";
     this.remember();
   }
 
   remember() {
     const values = Object.fromEntries(REMEMBERED.map((name) => [name, this.form.elements[name].value]));
+    values.no_thinking = this.form.elements.no_thinking.checked;
     try {
       localStorage.setItem("options", JSON.stringify(values));
       // A key goes with the tab.
@@ -93,6 +101,7 @@ export class Options {
     try {
       const values = JSON.parse(localStorage.getItem("options") ?? "{}");
       for (const name of REMEMBERED) this.form.elements[name].value = values[name] ?? "";
+      this.form.elements.no_thinking.checked = values.no_thinking === true;
       this.form.elements.key.value = sessionStorage.getItem("key") ?? "";
     } catch {
       // As above, or not ours.
