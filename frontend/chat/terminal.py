@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+
+from frontend.chat.wrap import WordWrap
 
 try:
     import readline as _readline_module
@@ -51,6 +54,7 @@ class Terminal:
         self._edits_lines = self.is_interactive and self._has_screen and _readline is not None
         self._commands = sorted(commands)
         self._column_is_0 = True
+        self._wrap = WordWrap()
         if self._edits_lines:
             self._start_editing()
 
@@ -144,6 +148,8 @@ class Terminal:
         self._column_is_0 = text.endswith("\n")
         if self._has_screen:
             text = text.translate(_HARMLESS)
+        if self.is_styled:
+            text = self._wrap.feed(text, _columns())
         sys.stdout.write(self._styled(style, text) if style and self.is_styled else text)
         sys.stdout.flush()
 
@@ -155,7 +161,9 @@ class Terminal:
     def notice(self, text: str, style: str = "dim") -> None:
         """A line about the chat that is no part of the conversation."""
         self.end_answer()
-        self._write_notice((self._styled(style, text) if self.is_styled else text) + "\n")
+        if self.is_styled:
+            text = self._styled(style, WordWrap().feed(text, _columns()))
+        self._write_notice(text + "\n")
 
     def _write_notice(self, text: str) -> None:
         stream = sys.stdout if self._has_screen else sys.stderr
@@ -176,6 +184,10 @@ class Terminal:
             # What people type to a model is their own business.
             os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
             _readline.write_history_file(str(file))
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
 
 
 class _TypedTextDropped(Exception):

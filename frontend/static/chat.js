@@ -14,7 +14,11 @@ export class Chat {
     this.announcer = document.getElementById("announcer");
     this.turns = [];
     this.running = null;
+    this.isAtEnd = true;
+    this.scrollTop = 0;
 
+    this.log.addEventListener("scroll", () => this.scrolled());
+    new ResizeObserver(() => this.follow()).observe(this.log);
     this.composer.addEventListener("submit", (event) => {
       event.preventDefault();
       if (this.running) this.stop();
@@ -58,8 +62,9 @@ export class Chat {
     this.log.append(question);
     this.setMessage("");
     const answer = new Answer(this.log);
-    answer.onshow = this.follow();
-    answer.onshow();
+    answer.onshow = () => this.follow();
+    this.isAtEnd = true;
+    this.follow();
 
     const asked = { role: "user", content: text };
     const system = this.options.system ? [{ role: "system", content: this.options.system }] : [];
@@ -113,7 +118,8 @@ export class Chat {
     if (error.param === "messages" && this.turns.length) line.append(" Clear begins a new conversation.");
     this.log.querySelector(":scope > .error")?.remove();
     this.log.append(line);
-    this.log.scrollTop = this.log.scrollHeight;
+    this.isAtEnd = true;
+    this.follow();
     return "refused";
   }
 
@@ -148,14 +154,15 @@ export class Chat {
     this.message.style.height = `${this.message.scrollHeight + 2}px`;
   }
 
-  /** What keeps the end of the conversation in view, unless someone has scrolled up to read. */
+  /** Keeps the end of the conversation in view, unless someone has scrolled up to read. */
   follow() {
-    let followed = this.log.scrollHeight;
-    this.log.scrollTop = followed;
-    return () => {
-      const { scrollTop, clientHeight, scrollHeight } = this.log;
-      if (scrollTop + clientHeight > followed - 80) this.log.scrollTop = scrollHeight;
-      followed = scrollHeight;
-    };
+    if (this.isAtEnd) this.log.scrollTop = this.log.scrollHeight;
+  }
+
+  scrolled() {
+    const { scrollTop, clientHeight, scrollHeight } = this.log;
+    if (scrollTop + clientHeight > scrollHeight - 40) this.isAtEnd = true;
+    else if (scrollTop < this.scrollTop) this.isAtEnd = false;
+    this.scrollTop = scrollTop;
   }
 }

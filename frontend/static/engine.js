@@ -9,8 +9,8 @@ const PERIOD_MS = 1000;
 const TIMEOUT_MS = 5000;
 
 const CHARTS = [
-  { title: "Tokens generated", unit: "tokens/s", series: [{ key: "generated" }], floor: 10 },
-  { title: "Tokens of prompts", unit: "tokens/s", series: [{ key: "prompt" }], floor: 10 },
+  { title: "Generated tokens", unit: "tokens/s", series: [{ key: "generated" }], floor: 10 },
+  { title: "Prompt tokens", unit: "tokens/s", series: [{ key: "prompt" }], floor: 10 },
   { title: "Time to first token, mean", unit: "ms", series: [{ key: "first" }], scale: 1000, floor: 10, dots: true },
   {
     title: "Requests",

@@ -246,6 +246,22 @@ def test_what_a_model_writes_is_text_and_never_markup(page: Browser) -> None:
     ]
 
 
+def test_the_end_stays_in_view_unless_someone_reads_further_up(page: Browser) -> None:
+    at_end = "const l = document.getElementById('log'); return l.scrollTop + l.clientHeight > l.scrollHeight - 3"
+    page.resize(500, 500)
+    ask(page, "Tell me a story about a fox.")
+    ask(page, "Tell me a story about a dragon.")
+    assert page.run("const l = document.getElementById('log'); return l.scrollHeight > l.clientHeight + 50")
+    assert page.run(at_end)
+    page.resize(500, 450)
+    page.wait_until(lambda: page.run(at_end), "the end is in view on a smaller screen too")
+    send(page, "Tell me a story about a cat.")
+    page.wait_until(lambda: len(answers(page)) == 3, "the beginning of an answer")
+    page.run("document.getElementById('log').scrollTop = 0")
+    page.wait_until(lambda: len(page.find_all(".figures")) == 3, "its end")
+    assert page.run("return document.getElementById('log').scrollTop") == 0
+
+
 # --- looks and access -----------------------------------------------------------------------------------------------
 
 
