@@ -52,7 +52,7 @@ class Session:
         """
         if self._terminal.is_interactive:
             engine = self._client.engine
-            self._terminal.notice(f"{engine.model} · context of {engine.max_model_len:,} tokens · /help for commands")
+            self._terminal.notice(f"{engine.model} · context of {engine.max_model_len:,} tokens · /help for commands\n")
         while True:
             try:
                 message = self._terminal.read_message()
@@ -152,6 +152,8 @@ class Session:
         self._terminal.notice(self._summary(reason, speed))
         if reason == "length" and speed.num_tokens != self._settings.params.max_tokens:
             self._terminal.notice(_FULL)
+        if self._terminal.is_interactive:
+            self._terminal.notice("")
         if said:
             self._turns += [turns[-1], {"role": "assistant", "content": "".join(said)}]
 

@@ -62,7 +62,7 @@ def page(window: Browser, engine: RunningEngine, client: Client) -> Iterator[Bro
     """The page as someone sees it who comes for the first time. No test may make it log an error or ask elsewhere."""
     window.resize(1440, 900)
     window.prefer("light")
-    window.open(f"{engine.url}/health")
+    window.open(f"{engine.url}/")
     window.run("localStorage.clear(); sessionStorage.clear()")
     window.errors()
     window.hosts()
