@@ -6,8 +6,9 @@ from its `Stats`. Counting runs for every streamed token and is kept apart from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import get_args
 
 from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder
@@ -15,7 +16,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from protocol.histogram import Histogram, HistogramCounts
-from protocol.messages import Stats
+from protocol.messages import FinishReason, Stats
 
 # Bounds in seconds: vLLM's and, below them, finer ones, since a small model has a token each millisecond.
 _TTFT_BOUNDS = (
@@ -30,7 +31,7 @@ _E2E_BOUNDS = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480),
     *(960, 1920, 7680),
 )
-FINISHED_REASONS = ("stop", "length", "abort", "error")
+_ENDS = (*get_args(FinishReason), "error")
 
 
 def _token_bounds(most: int) -> list[float]:
@@ -58,7 +59,7 @@ class RequestMetrics:
         self.e2e_latency = Histogram(_E2E_BOUNDS)
         self.prompt_tokens = Histogram(_token_bounds(max_model_len))
         self.generation_tokens = Histogram(_token_bounds(max_model_len))
-        self.ended = dict.fromkeys(FINISHED_REASONS, 0)
+        self.ended = dict.fromkeys(_ENDS, 0)
 
     def request_ended(self, reason: str, seconds: float, num_prompt_tokens: int, num_generated_tokens: int) -> None:
         """Requests that were left or failed count, but say nothing about how long answers are and take."""
@@ -95,20 +96,17 @@ class _EngineCollector(Collector):
         yield self._histogram("request_queue_time_seconds", "Time from arrival to the first step.", stats.queue_time)
 
     def _served(self, requests: RequestMetrics) -> Iterator[Metric]:
-        inter_token = requests.inter_token_latency.counts()
-        for name, help_text, counts in (
-            (
-                "time_to_first_token_seconds",
-                "Time from arrival to the first token.",
-                requests.time_to_first_token.counts(),
-            ),
-            ("inter_token_latency_seconds", "Time between two tokens of a request.", inter_token),
-            ("time_per_output_token_seconds", "Older name of inter_token_latency_seconds.", inter_token),
-            ("e2e_request_latency_seconds", "Time from arrival to the end.", requests.e2e_latency.counts()),
-            ("request_prompt_tokens", "Tokens of a request's prompt.", requests.prompt_tokens.counts()),
-            ("request_generation_tokens", "Tokens of a request's answer.", requests.generation_tokens.counts()),
-        ):
-            yield self._histogram(name, help_text, counts)
+        first_token, inter_token = requests.time_to_first_token.counts(), requests.inter_token_latency.counts()
+        e2e = requests.e2e_latency.counts()
+        prompt, generation = requests.prompt_tokens.counts(), requests.generation_tokens.counts()
+        yield self._histogram("time_to_first_token_seconds", "Time from arrival to the first token.", first_token)
+        yield self._histogram("inter_token_latency_seconds", "Time between two tokens of a request.", inter_token)
+        yield self._histogram(
+            "time_per_output_token_seconds", "Older name of inter_token_latency_seconds.", inter_token
+        )
+        yield self._histogram("e2e_request_latency_seconds", "Time from arrival to the end.", e2e)
+        yield self._histogram("request_prompt_tokens", "Tokens of a request's prompt.", prompt)
+        yield self._histogram("request_generation_tokens", "Tokens of a request's answer.", generation)
         ended = CounterMetricFamily(
             "vllm:request_success", "Requests that ended, by how.", labels=["model_name", "finished_reason"]
         )
@@ -134,7 +132,7 @@ class _EngineCollector(Collector):
 
 def _buckets(counts: HistogramCounts) -> Sequence[tuple[str, float]]:
     """(bound, values up to it), as Prometheus counts."""
-    bounds: Iterable[str] = (*(str(float(bound)) for bound in counts.bounds), "+Inf")
+    bounds = [*(str(float(bound)) for bound in counts.bounds), "+Inf"]
     return list(zip(bounds, accumulate(counts.counts), strict=True))
 
 
