@@ -198,6 +198,15 @@ def test_a_conversation_that_fills_the_context_says_what_to_do(open_chat: Open) 
     assert "Paris" in chat.wait_for(r"forgotten\.(.|\n)*first after").split("forgotten.")[1]
 
 
+def test_an_answer_cannot_command_the_terminal(environment: dict[str, str]) -> None:
+    code = "from frontend.chat.terminal import Terminal; Terminal([]).write_answer('a\\x1b]0;b\\x07\\x9bc\\td\\re\\n')"
+    program = TerminalProgram([sys.executable, "-c", code], environment)
+    assert program.wait() == 0
+    program.close()
+    assert program.text == "a␛]0;b␇�c       d␍e"
+    assert "\x1b" not in program.raw
+
+
 def test_no_color_is_heeded(open_chat: Open) -> None:
     chat = open_chat(NO_COLOR="1")
     chat.type("What is 17 + 25?\r")
