@@ -7,6 +7,7 @@ frontend (running requests end), core, worker (the GPU is freed). Knows nothing 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -22,8 +23,9 @@ import zmq
 from tqdm import tqdm
 
 from protocol.address import AddressLock, default_address, private_directory, socket_path
-from protocol.config import EngineConfig, EngineOptions, parse_arguments
+from protocol.config import API_KEY_VARIABLE, EngineConfig, EngineOptions, parse_arguments
 from protocol.errors import ConfigError
+from protocol.logs import configure_logging
 from protocol.messages import Malformed, ProcessFailed, ProcessReady, Progress, ToLauncher
 from protocol.process import LIFELINE_VARIABLE
 from protocol.resolve import resolve
@@ -35,14 +37,42 @@ _POLL_MS = 100
 _STOP_SECONDS = 10.0
 
 
-class StartupDisplay:
-    """Progress bars on a terminal, one line a phase elsewhere."""
+logger = logging.getLogger("launch")
 
-    def __init__(self) -> None:
+
+class Console:
+    """What the launcher itself says: to people, with progress bars on a terminal, or to the log if that is JSON."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        configure_logging("launcher", options.log_level, options.log_format)
+        self._as_records = options.log_format == "json"
         self._bars: dict[str, tqdm] = {}
 
-    def show(self, progress: Progress) -> None:
+    def error(self, message: str) -> None:
+        if self._as_records:
+            logger.error("%s", message)
+        else:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+
+    def warn(self, message: str) -> None:
+        if self._as_records:
+            logger.warning("%s", message)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def announce(self, lines: Sequence[str], fields: dict[str, str | int | float]) -> None:
+        """Says that the engine is ready, in lines or as fields."""
+        if self._as_records:
+            logger.info("ready", extra={"fields": fields})
+        else:
+            print("\n".join(lines), flush=True)
+
+    def progress(self, progress: Progress) -> None:
         phase = progress.phase
+        if self._as_records:
+            if progress.done == progress.total:
+                logger.info("loading %s: %d done", phase, progress.total)
+            return
         if phase not in self._bars:
             self._bars[phase] = tqdm(
                 total=progress.total, desc=f"loading {phase}", file=sys.stderr, disable=not sys.stderr.isatty()
@@ -62,15 +92,15 @@ class StartupDisplay:
 class Launcher:
     """The three processes of one engine, from start to end."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, console: Console) -> None:
         self._config = config
+        self._console = console
         self._stop_requested = threading.Event()
         self._context = zmq.Context()
         self._reports = Channel(open_socket(self._context, zmq.PULL, bind=config.launcher_address), ToLauncher)
         self._processes: dict[str, subprocess.Popen] = {}
         self._lifeline_read, self._lifeline_write = os.pipe()
         self._ready: dict[str, ProcessReady] = {}
-        self._display = StartupDisplay()
         self._started = time.monotonic()
 
     def stop(self) -> None:
@@ -84,7 +114,7 @@ class Launcher:
             self._start()
             error = self._supervise()
         finally:
-            self._display.close()
+            self._console.close()
             # Without a core or a worker no request can finish: with the core gone first, the frontend says so at once.
             self._stop_all(("frontend", "core", "worker") if error is None else ("core", "frontend", "worker"))
             self._reports.close()
@@ -92,7 +122,7 @@ class Launcher:
             os.close(self._lifeline_read)
             os.close(self._lifeline_write)
         if error is not None:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            self._console.error(error)
         return 0 if error is None else 1
 
     def _start(self) -> None:
@@ -102,7 +132,9 @@ class Launcher:
         # once costs a third of the worker's speed on a CPU; spinning for longer, nearly all of it when something else
         # needs the CPUs too.
         environment = {"GOMP_SPINCOUNT": "20000", **os.environ}
-        environment.pop(LIFELINE_VARIABLE, None)
+        # The frontend has the keys from the configuration, the others have no use for them.
+        for name in (LIFELINE_VARIABLE, API_KEY_VARIABLE):
+            environment.pop(name, None)
         root = str(Path(__file__).resolve().parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         # The worker has the most to import and to load.
@@ -134,7 +166,7 @@ class Launcher:
 
     def _handle(self, report: object) -> str | None:
         if isinstance(report, Progress):
-            self._display.show(report)
+            self._console.progress(report)
         elif isinstance(report, ProcessFailed):
             return report.message
         elif isinstance(report, ProcessReady):
@@ -148,17 +180,27 @@ class Launcher:
     def _announce(self) -> None:
         frontend, worker = self._ready["frontend"].details, self._ready["worker"].details
         tokens = worker["kv_cache_tokens"]
+        seconds = time.monotonic() - self._started
         lines = [
             f"{self._config.model_name} on {worker['device']} ({self._config.dtype}, "
             f"{self._config.attention_backend} attention, KV cache of {tokens:,} tokens), "
-            f"ready in {time.monotonic() - self._started:.1f} s",
+            f"ready in {seconds:.1f} s",
         ]
         if "http" in frontend:
             lines += [f"HTTP    {frontend['http']}/v1", f"IPC     {self._config.address}", "", "Try it:"]
             lines += _example_request(str(frontend["http"]), self._config)
         else:
             lines.append(f"IPC     {self._config.address}")
-        print("\n".join(lines), flush=True)
+        fields = {
+            "model": self._config.model_name,
+            "device": worker["device"],
+            "dtype": self._config.dtype,
+            "attention_backend": self._config.attention_backend,
+            "kv_cache_tokens": tokens,
+            "seconds": round(seconds, 1),
+            **frontend,
+        }
+        self._console.announce(lines, fields)
 
     def _stop_all(self, order: Sequence[str]) -> None:
         """Stops the processes in order, each by SIGTERM, and by SIGKILL if it does not heed that in time."""
@@ -173,7 +215,7 @@ class Launcher:
             try:
                 process.wait(patience)
             except subprocess.TimeoutExpired:
-                print(f"the {name} process does not stop; killing it", file=sys.stderr, flush=True)
+                self._console.warn(f"the {name} process does not stop; killing it")
                 process.kill()
                 process.wait()
 
@@ -196,7 +238,7 @@ def _describe_exit(code: int) -> str:
     return f"exit code {code}"
 
 
-def launch(options: EngineOptions) -> int:
+def launch(options: EngineOptions, console: Console) -> int:
     """Runs an engine until it is told to stop. Returns the exit code: 0 if it was told to, 1 if it failed.
 
     Raises:
@@ -211,7 +253,7 @@ def launch(options: EngineOptions) -> int:
     lock = AddressLock(address)
     run_directory = Path(tempfile.mkdtemp(prefix="run-", dir=directory))
     try:
-        launcher = Launcher(resolve(options, run_directory))
+        launcher = Launcher(resolve(options, run_directory), console)
         _on_stop_signals(launcher.stop)
         _watch_lifeline(launcher)
         return launcher.run()
@@ -247,9 +289,15 @@ def _watch_lifeline(launcher: Launcher) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
-        return launch(parse_arguments(arguments))
+        options = parse_arguments(arguments)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = Console(options)
+    try:
+        return launch(options, console)
+    except ConfigError as error:
+        console.error(str(error))
         return 2
 
 

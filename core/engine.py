@@ -113,7 +113,7 @@ class EngineCore:
 
     def _send_steps(self) -> None:
         while self._scheduler.num_in_flight < self._depth:
-            step = self._scheduler.schedule()
+            step = self._scheduler.schedule(time.perf_counter())
             if step is None:
                 return
             if not self._worker.send(step):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import msgspec
 import zmq
@@ -70,7 +71,7 @@ class Frontends:
 
     def _add(self, identity: bytes, message: AddRequest) -> None:
         try:
-            self._scheduler.add(self._index_of[identity], message)
+            self._scheduler.add(self._index_of[identity], message, time.perf_counter())
         except ValueError as error:
             self._send(identity, Failed(message.request_id, "invalid_request", str(error)))
 

@@ -36,6 +36,7 @@ class Request:
         "params",
         "phase",
         "priority",
+        "queued_at",
         "request_id",
         "root",
         "seed",
@@ -66,6 +67,7 @@ class Request:
         self.num_in_flight = 0  # tokens of steps sent before a preemption that are not back yet
         self.num_cached_tokens = 0  # prompt tokens that its first admission found in the prefix cache
         self.was_admitted = False
+        self.queued_at: float | None = None  # until it is admitted for the first time
 
     @property
     def key(self) -> tuple[int, int]:

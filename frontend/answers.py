@@ -22,6 +22,7 @@ from frontend.openai_responses import (
     TextCompletion,
     Usage,
 )
+from protocol.logs import current_request_id
 from protocol.messages import Finished
 
 
@@ -41,7 +42,7 @@ class _Answer:
 
     def __init__(self, model: str, *, with_token_ids: bool, with_usage: bool) -> None:
         """`with_usage` ends a stream with the counts, and as in the OpenAI API puts a null before into every chunk."""
-        self._id = self._prefix + uuid.uuid4().hex
+        self._id = self._prefix + (current_request_id.get() or uuid.uuid4().hex)
         self._created = int(time.time())
         self._model = model
         self.with_token_ids = with_token_ids

@@ -6,26 +6,54 @@ Completions have a module of their own; here are the routes, the list of models 
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
-from frontend.generation_config import load_sampling_defaults
+from frontend.http_auth import ApiKeyMiddleware
 from frontend.http_completions import ChatEndpoint, CompletionEndpoint
-from frontend.http_errors import ModelNotFoundError, error_response, internal_error_response
+from frontend.http_errors import error_response, internal_error_response, require_model
+from frontend.http_exchange import REQUEST_ID_HEADER, ExchangeMiddleware
+from frontend.http_tokenize import DetokenizeEndpoint, TokenizeEndpoint
+from frontend.metrics import render_metrics
 from frontend.openai_responses import ModelCard, ModelList
+from frontend.page import page_routes
 from frontend.service import Service
+from protocol import __version__
+from protocol.config import EngineOptions
 from protocol.errors import EngineError
 
 
-def make_app(service: Service) -> Starlette:
-    """Raises ConfigError if the model's generation_config.json cannot be used."""
-    defaults = load_sampling_defaults(Path(service.config.model_path))
+def make_app(service: Service) -> ASGIApp:
+    """The routes, and around them keys, origins, and outermost request ids and the access log."""
+    options = service.config.options
+    app: ASGIApp = _make_routes(service)
+    if options.api_key:
+        app = ApiKeyMiddleware(app, options.api_key)
+    if options.allowed_origins:
+        app = _allow_origins(app, options)
+    return ExchangeMiddleware(app, access_log=options.access_log)
+
+
+def _allow_origins(app: ASGIApp, options: EngineOptions) -> ASGIApp:
+    return CORSMiddleware(
+        app,
+        allow_origins=options.allowed_origins,
+        allow_methods=options.allowed_methods,
+        allow_headers=options.allowed_headers,
+        allow_credentials=options.allow_credentials,
+        expose_headers=[REQUEST_ID_HEADER],
+    )
+
+
+def _make_routes(service: Service) -> Starlette:
+    defaults = service.sampling_defaults
     started = int(time.time())
 
     def card() -> ModelCard:
@@ -37,10 +65,7 @@ def make_app(service: Service) -> Starlette:
 
     async def show_model(request: Request) -> Response:
         model, name = card(), request.path_params["model"]
-        if name != model.id:
-            raise ModelNotFoundError(
-                f"the model {name!r} does not exist here; this engine serves {model.id!r}", "model"
-            )
+        require_model(name, model.id)
         return _json(model)
 
     async def health(request: Request) -> Response:
@@ -49,6 +74,15 @@ def make_app(service: Service) -> Starlette:
             body["reason"] = service.unavailable_reason
         return _json(body, 200 if service.state == "ready" else 503)
 
+    async def version(request: Request) -> Response:
+        return _json({"version": __version__})
+
+    async def metrics(request: Request) -> Response:
+        stats = await service.engine_stats()
+        accept = request.headers.get("accept", "")
+        body, content_type = render_metrics(service.config.model_name, service.metrics, stats, accept)
+        return Response(body, headers={"content-type": content_type})
+
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatEndpoint(service, defaults), methods=["POST"]),
@@ -56,6 +90,12 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", show_model, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
+            Route("/ping", health, methods=["GET", "POST"]),
+            Route("/version", version, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
+            Route("/tokenize", TokenizeEndpoint(service), methods=["POST"]),
+            Route("/detokenize", DetokenizeEndpoint(service), methods=["POST"]),
+            *page_routes(),
         ],
         exception_handlers={
             HTTPException: error_response,

@@ -6,6 +6,7 @@ Whatever ends an exchange early, an error, a client that leaves or a server that
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -16,7 +17,8 @@ from starlette.types import Receive, Scope, Send
 from frontend.answers import Answer, ChatAnswer, TextAnswer, WholeChoice
 from frontend.collector import Collector
 from frontend.generation_config import SamplingDefaults
-from frontend.http_errors import ModelNotFoundError, error_body
+from frontend.http_errors import error_body, require_model
+from frontend.http_exchange import exchange_of
 from frontend.openai_responses import PromptTokensDetails, Usage
 from frontend.openai_types import CHAT_REQUEST, COMPLETION_REQUEST, ChatFields, CompletionFields, sampling_params
 from frontend.requests import RunningRequest
@@ -46,9 +48,10 @@ class _Endpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.require_ready()
-        body = await _read_body(scope, receive)
+        body = await read_body(scope, receive)
         if body is None:
             return
+        arrived = time.perf_counter()
         self._service.require_ready()
         fields, prompts = self._decode(body)
         self._check(fields)
@@ -75,6 +78,7 @@ class _Endpoint(ABC):
                         stream=stream,
                         priority=fields.priority or 0,
                         cache_salt=fields.cache_salt,
+                        arrival_time=arrived,
                     )
                 )
             answer = self._answer(fields)
@@ -85,6 +89,7 @@ class _Endpoint(ABC):
         finally:
             watcher.cancel()
             self._service.requests.abort(requests)
+            exchange_of(scope).count_tokens(requests)
 
     @abstractmethod
     def _decode(self, body: bytes) -> tuple[Any, list[Prompt | list[int]]]:
@@ -99,11 +104,7 @@ class _Endpoint(ABC):
         """What the response is made of."""
 
     def _check(self, fields: ChatFields | CompletionFields) -> None:
-        if fields.model is not None and fields.model != self._service.engine.model:
-            raise ModelNotFoundError(
-                f"the model {fields.model!r} does not exist here; this engine serves {self._service.engine.model!r}",
-                "model",
-            )
+        require_model(fields.model, self._service.engine.model)
         if fields.stream_options is not None and not fields.stream:
             raise InvalidRequestError("stream_options needs stream to be true", "stream_options")
 
@@ -148,7 +149,7 @@ class CompletionEndpoint(_Endpoint):
         return TextAnswer(**self._answer_options(fields))
 
 
-async def _read_body(scope: Scope, receive: Receive) -> bytes | None:
+async def read_body(scope: Scope, receive: Receive) -> bytes | None:
     """The whole body, or None if the client left before it was there.
 
     Raises:

@@ -13,11 +13,17 @@ from starlette.responses import Response
 from frontend.openai_responses import ErrorBody, ErrorResponse
 from protocol.errors import EngineUnavailableError, InvalidRequestError
 
-_CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
 class ModelNotFoundError(InvalidRequestError):
     """The request names a model that this engine does not serve."""
+
+
+def require_model(name: str | None, served: str) -> None:
+    """Raises ModelNotFoundError if a request names another model than the one that is served."""
+    if name is not None and name != served:
+        raise ModelNotFoundError(f"the model {name!r} does not exist here; this engine serves {served!r}", "model")
 
 
 def error_status(error: Exception) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import msgspec
@@ -201,11 +202,12 @@ class IpcServer:
     async def _encode_and_submit(
         self, client: ClientConnection, generate: Generate, rendered: RenderedPrompt | list[int]
     ) -> None:
+        arrived = time.perf_counter()
         try:
             token_ids = await self._service.prompts.encode_in_thread(rendered)
             self._service.require_ready()
             if self._is_here(client):
-                self._submit(client, generate, token_ids)
+                self._submit(client, generate, token_ids, arrived)
         except (InvalidRequestError, EngineUnavailableError) as error:
             self._fail(client, generate.request_id, error)
         finally:
@@ -213,7 +215,9 @@ class IpcServer:
             if client.encoding.get(generate.request_id) is asyncio.current_task():
                 del client.encoding[generate.request_id]
 
-    def _submit(self, client: ClientConnection, generate: Generate, token_ids: list[int]) -> None:
+    def _submit(
+        self, client: ClientConnection, generate: Generate, token_ids: list[int], arrived: float | None = None
+    ) -> None:
         params = self._service.prompts.fit_max_tokens(generate.params, token_ids)
         request = self._service.requests.submit(
             token_ids,
@@ -223,6 +227,7 @@ class IpcServer:
             stream=generate.stream,
             priority=generate.priority,
             cache_salt=generate.cache_salt,
+            arrival_time=arrived,
         )
         client.requests[generate.request_id] = request
         if not isinstance(generate.prompt, TokenPrompt):

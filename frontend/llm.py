@@ -6,6 +6,7 @@ For programs that want answers and no server. The engine ends with the program, 
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import secrets
 import shutil
@@ -25,7 +26,7 @@ from frontend.client import Client
 from frontend.client_request import Conversation, PromptInput
 from frontend.outputs import RequestOutput, StreamChunk
 from protocol.address import is_engine_running
-from protocol.config import make_options, option_flags
+from protocol.config import API_KEY_VARIABLE, make_options, option_flags
 from protocol.errors import ConfigError, EngineUnavailableError
 from protocol.messages import Stats
 from protocol.process import LIFELINE_VARIABLE
@@ -59,7 +60,10 @@ class LLM:
             self._own_directory = Path(tempfile.gettempdir()) / f"mini-vllm-llm-{secrets.token_hex(6)}"
             values["ipc"] = f"ipc://{self._own_directory}/engine.sock"
         self._client: Client | None = None
-        self._process, self._lifeline = _start_launcher(option_flags(values))
+        # Not among the flags: a command line is seen by every user of the machine.
+        keys = values.pop("api_key", ())
+        environment = {API_KEY_VARIABLE: keys if isinstance(keys, str) else ",".join(keys)} if keys else {}
+        self._process, self._lifeline = _start_launcher(option_flags(values), environment)
         self._errors = _ErrorOutput(self._process)
         # Holds this object weakly, so that an LLM that is dropped is collected, and stopped by that.
         reference = weakref.ref(self)
@@ -166,7 +170,7 @@ def _close_if_alive(reference: weakref.ref[LLM]) -> None:
         llm.close()
 
 
-def _start_launcher(flags: list[str]) -> tuple[subprocess.Popen[bytes], int]:
+def _start_launcher(flags: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], int]:
     """The launcher's process, and the end of the lifeline that this program holds."""
     launcher = find_spec("launch")
     path = Path(__file__).resolve().parents[1] / "launch.py"
@@ -179,7 +183,7 @@ def _start_launcher(flags: list[str]) -> tuple[subprocess.Popen[bytes], int]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[read_end],
-            env={**os.environ, LIFELINE_VARIABLE: str(read_end)},
+            env={**os.environ, **environment, LIFELINE_VARIABLE: str(read_end)},
             # Ctrl-C is this program's: it stops the engine when it ends.
             start_new_session=True,
         )
@@ -189,6 +193,18 @@ def _start_launcher(flags: list[str]) -> tuple[subprocess.Popen[bytes], int]:
     finally:
         os.close(read_end)
     return process, write_end
+
+
+def _launchers_error(line: str) -> str | None:
+    """What a line says that went wrong, if it is one in which the launcher says that, as text or as JSON."""
+    if line.startswith("error: "):
+        return line.removeprefix("error: ").strip()
+    try:
+        record = json.loads(line)
+        is_error = record["process"] == "launcher" and record["level"] == "error"
+        return str(record["message"]) if is_error else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class _ErrorOutput:
@@ -204,8 +220,9 @@ class _ErrorOutput:
     def _read(self) -> None:
         for raw in self._stream:
             line = raw.decode(errors="replace")
-            if line.startswith("error: "):
-                self._error = line.removeprefix("error: ").strip()
+            error = _launchers_error(line)
+            if error is not None:
+                self._error = error
             else:
                 print(line, end="", file=sys.stderr, flush=True)
 

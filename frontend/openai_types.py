@@ -138,9 +138,7 @@ _ONLY_COMPLETION: dict[str, tuple[Any, ...]] = {
 class RequestType:
     """One kind of request body: the fields that are served, and those that are only tolerated."""
 
-    def __init__(
-        self, fields: type[_RequestFields], no_effect: tuple[str, ...], only: dict[str, tuple[Any, ...]]
-    ) -> None:
+    def __init__(self, fields: type[Struct], no_effect: tuple[str, ...], only: dict[str, tuple[Any, ...]]) -> None:
         self._only = only
         tolerated = [(name, Any, None) for name in (*no_effect, *only)]
         self._decoder = msgspec.json.Decoder(

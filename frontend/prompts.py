@@ -76,6 +76,37 @@ class Prompts:
         rendered = prompt if isinstance(prompt, list) else self.render(prompt)
         return await self.encode_in_thread(rendered) if is_long(rendered) else self.encode(rendered)
 
+    async def tokenize(self, prompt: TextPrompt | ChatPrompt, add_special_tokens: bool | None = None) -> list[int]:
+        """A prompt's token ids, also of one that is too long to be served.
+
+        `add_special_tokens` of None does as a completion or chat would.
+
+        Raises:
+            InvalidRequestError: as `render`; or the text is not made of characters.
+        """
+        rendered = self.render(prompt)
+        assert isinstance(rendered, RenderedPrompt)
+        special = rendered.add_special_tokens if add_special_tokens is None else add_special_tokens
+        encode = self._require_tokenizer(rendered.param).encode
+        if not is_long(rendered):
+            return encode(rendered.text, special)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, encode, rendered.text, special)
+
+    async def detokenize(self, token_ids: list[int], param: str) -> str:
+        """The text of token ids, that of special tokens included.
+
+        Raises:
+            InvalidRequestError: there is no tokenizer, or an id is outside of the vocabulary.
+        """
+        decode = self._require_tokenizer(param).decode
+        self._check_ids(token_ids, param)
+        if len(token_ids) <= _LONG_TEXT_CHARS:
+            return decode(token_ids, False)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, decode, token_ids, False)
+
+    def token_strings(self, token_ids: list[int]) -> list[str]:
+        return self._require_tokenizer("return_token_strs").token_strings(token_ids)
+
     def check(self, token_ids: list[int], param: str) -> list[int]:
         """Returns the ids, if they are a prompt that can be served.
 
@@ -90,14 +121,17 @@ class Prompts:
                 f"this model's maximum context length is {self._max_model_len} tokens, prompt and answer",
                 param,
             )
-        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
+        self._check_ids(token_ids, param)
+        return token_ids
+
+    def _check_ids(self, token_ids: list[int], param: str) -> None:
+        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
             position = next(i for i, token in enumerate(token_ids) if not 0 <= token < self._vocab_size)
             raise InvalidRequestError(
                 f"{param} holds {token_ids[position]} at position {position}, which is no token id: "
                 f"ids are 0 to {self._vocab_size - 1}",
                 param,
             )
-        return token_ids
 
     def fit_max_tokens(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> SamplingParams:
         """`params` with as many tokens as were asked for and as fit into the context."""

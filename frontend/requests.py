@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Iterable
 from typing import Protocol
 
 import msgspec
 
 from frontend.core_link import CoreLink
+from frontend.metrics import RequestMetrics
 from frontend.text_output import TextOutput
 from frontend.tokenizer import Tokenizer
 from protocol.errors import EngineUnavailableError, InvalidRequestError
@@ -51,10 +53,13 @@ class RunningRequest:
         token_ids: the tokens generated so far.
         text: detokenizer and stop strings, or None if no text is needed before the end.
         text_parts: the text so far of a request that has stop strings and does not stream.
+        arrival_time, last_token_time: of `time.perf_counter()`.
     """
 
     __slots__ = (
+        "arrival_time",
         "core_id",
+        "last_token_time",
         "params",
         "prompt_token_ids",
         "sink",
@@ -75,6 +80,7 @@ class RunningRequest:
         tag: int,
         stream: bool,
         tokenizer: Tokenizer | None,
+        arrival_time: float,
     ) -> None:
         self.core_id = core_id
         self.prompt_token_ids = prompt_token_ids
@@ -82,6 +88,7 @@ class RunningRequest:
         self.sink = sink
         self.tag = tag
         self.stream = stream
+        self.arrival_time = self.last_token_time = arrival_time
         self.token_ids: list[int] = []
         self.wants_text = params.detokenize and tokenizer is not None
         self.text: TextOutput | None = None
@@ -93,9 +100,10 @@ class RunningRequest:
 class RequestTable:
     """All running requests of this frontend."""
 
-    def __init__(self, core: CoreLink, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, core: CoreLink, tokenizer: Tokenizer | None, metrics: RequestMetrics) -> None:
         self._core = core
         self._tokenizer = tokenizer
+        self._metrics = metrics
         self._running: dict[int, RunningRequest] = {}
         self._core_ids = itertools.count(1)
         self._idle = asyncio.Event()
@@ -117,8 +125,9 @@ class RequestTable:
         stream: bool,
         priority: int = 0,
         cache_salt: str | None = None,
+        arrival_time: float | None = None,
     ) -> RunningRequest:
-        """Hands a checked request to the core.
+        """Hands a checked request to the core. It arrived at `arrival_time`, if it was not just now.
 
         Raises:
             InvalidRequestError: a field that only this place can check is wrong.
@@ -136,7 +145,9 @@ class RequestTable:
             raise InvalidRequestError(
                 "stop needs text, and the engine runs without a tokenizer (--skip-tokenizer-init)", "stop"
             )
-        request = RunningRequest(next(self._core_ids), prompt_token_ids, params, sink, tag, stream, self._tokenizer)
+        arrived = time.perf_counter() if arrival_time is None else arrival_time
+        core_id = next(self._core_ids)
+        request = RunningRequest(core_id, prompt_token_ids, params, sink, tag, stream, self._tokenizer, arrived)
         # Stop strings are found here: the core knows no text.
         core_params = msgspec.structs.replace(params, stop=()) if params.stop else params
         message = AddRequest(request.core_id, pack_ints(prompt_token_ids), core_params, priority, cache_salt)
@@ -148,7 +159,10 @@ class RequestTable:
 
     def abort(self, requests: Iterable[RunningRequest]) -> None:
         """Forgets requests whose sink has left, and tells the core. Ended ones among them are left alone."""
-        self._abort_in_core([request.core_id for request in requests if self._forget(request)])
+        left = [request for request in requests if self._forget(request)]
+        for request in left:
+            self._count_end(request, "abort")
+        self._abort_in_core([request.core_id for request in left])
 
     def abort_all(self) -> None:
         """Ends every request with what it has so far and the finish reason "abort"."""
@@ -164,6 +178,7 @@ class RequestTable:
         for request in requests:
             # A sink that finds its receiver gone has its other requests aborted meanwhile.
             if self._forget(request):
+                self._count_end(request, "error")
                 request.sink.fail(request, Failed(request.tag, "unavailable", message))
         self._flush({request.sink for request in requests})
 
@@ -174,12 +189,19 @@ class RequestTable:
         ended_by_token = {finished.request_id for finished in step.finished if finished.reason == "stop"}
         touched: set[Sink] = set()
         stopped: list[int] = []
+        now = time.perf_counter()
+        earlier_tokens: list[float] = []  # when each row's request had the token before this one
         for core_id, token_id in zip(
             unpack_ints(step.request_ids, "<i8").tolist(), unpack_ints(step.token_ids).tolist(), strict=True
         ):
             request = running.get(core_id)
             if request is None:
                 continue
+            if request.token_ids:
+                earlier_tokens.append(request.last_token_time)
+            else:
+                self._metrics.time_to_first_token.observe(now - request.arrival_time)
+            request.last_token_time = now
             request.token_ids.append(token_id)
             if request.text is not None and core_id not in ended_by_token:
                 text = request.text.feed(token_id)
@@ -200,6 +222,7 @@ class RequestTable:
             if request is not None:
                 self._finish(request, finished)
                 touched.add(request.sink)
+        self._metrics.inter_token_latency.observe_since(now, earlier_tokens)
         self._abort_in_core(stopped)
         self._flush(touched)
 
@@ -208,6 +231,7 @@ class RequestTable:
         request = self._running.get(failed.request_id)
         if request is not None:
             self._forget(request)
+            self._count_end(request, "error")
             request.sink.fail(request, Failed(request.tag, failed.kind, failed.message, failed.param))
             request.sink.flush()
 
@@ -225,6 +249,7 @@ class RequestTable:
         elif request.wants_text and self._tokenizer is not None:
             ids = request.token_ids[:-1] if reason == "stop" else request.token_ids
             parts.append(self._tokenizer.decode(ids, request.params.skip_special_tokens))
+        self._count_end(request, reason)
         ended = Finished(request.tag, reason, stop_reason, finished.num_cached_tokens)
         request.sink.finish(request, "".join(parts), ended)
 
@@ -235,6 +260,10 @@ class RequestTable:
         if not self._running:
             self._idle.set()
         return True
+
+    def _count_end(self, request: RunningRequest, reason: str) -> None:
+        seconds = time.perf_counter() - request.arrival_time
+        self._metrics.request_ended(reason, seconds, len(request.prompt_token_ids), len(request.token_ids))
 
     def _abort_in_core(self, core_ids: list[int]) -> None:
         if core_ids:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 
 from frontend.http_api import make_app
@@ -68,7 +67,6 @@ async def _start_or_stop(service: Service, stop: asyncio.Event) -> bool:
 
 
 def main(child: ChildProcess) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s frontend %(levelname)s %(message)s")
     try:
         import uvloop
     except ImportError:

@@ -15,15 +15,20 @@ import msgspec
 import zmq
 
 from frontend.core_link import CoreLink
+from frontend.generation_config import load_sampling_defaults
+from frontend.metrics import RequestMetrics
 from frontend.prompts import Prompts
 from frontend.requests import RequestTable
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_file import tokenizer_file
 from protocol.config import EngineConfig
 from protocol.errors import EngineUnavailableError
-from protocol.messages import EngineInfo, Failed, StepOutputs
+from protocol.messages import EngineInfo, Failed, Stats, StepOutputs
 
 logger = logging.getLogger(__name__)
+
+# Longer than a step takes, between which the core answers, and shorter than a monitor waits.
+_STATS_TIMEOUT_S = 5.0
 
 State = Literal["starting", "ready", "stopping", "failed"]
 _REASONS: dict[State, str] = {
@@ -47,8 +52,11 @@ class Service:
     requests: RequestTable
 
     def __init__(self, context: zmq.Context, config: EngineConfig) -> None:
+        """Raises ConfigError if the model's generation_config.json cannot be used."""
         self.config = config
+        self.sampling_defaults = load_sampling_defaults(Path(config.model_path))
         self.state: State = "starting"
+        self.metrics = RequestMetrics(config.max_model_len)
         self.core = CoreLink(context, config.core_address, self)
         # Two threads, so that one very long text does not hold up all others.
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
@@ -64,10 +72,13 @@ class Service:
         if self.core.is_lost:
             raise EngineUnavailableError(_REASONS["failed"])
         self.engine = msgspec.structs.replace(
-            engine, model=self.config.model_name, has_tokenizer=self.tokenizer is not None
+            engine,
+            model=self.config.model_name,
+            has_tokenizer=self.tokenizer is not None,
+            sampling_defaults=msgspec.structs.asdict(self.sampling_defaults),
         )
         self.prompts = Prompts(self.tokenizer, self.engine, self._executor)
-        self.requests = RequestTable(self.core, self.tokenizer)
+        self.requests = RequestTable(self.core, self.tokenizer, self.metrics)
         self.state = "ready"
 
     async def _load_tokenizer(self) -> Tokenizer | None:
@@ -99,6 +110,23 @@ class Service:
         except TimeoutError:
             logger.warning("aborting %d requests that were still running", len(self.requests))
             self.requests.abort_all()
+
+    async def engine_stats(self) -> Stats | None:
+        """The core's counters, or None while it starts, when it is gone and when it does not answer in time."""
+        if self.state in ("starting", "failed"):
+            return None
+        answer: asyncio.Future[Stats | None] = asyncio.get_running_loop().create_future()
+
+        def on_stats(stats: Stats | None) -> None:
+            if not answer.done():
+                answer.set_result(stats)
+
+        self.core.query_stats(on_stats)
+        try:
+            return await asyncio.wait_for(answer, _STATS_TIMEOUT_S)
+        except TimeoutError:
+            logger.warning("the engine core did not answer within %g s", _STATS_TIMEOUT_S)
+            return None
 
     def on_step(self, step: StepOutputs) -> None:
         if self.state != "starting":

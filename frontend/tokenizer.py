@@ -75,6 +75,10 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """How the vocabulary writes each token, in a byte-level one with Ġ for a space; "" for ids without a token."""
+        return [self._backend.id_to_token(token) or "" for token in token_ids]
+
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """A fresh incremental detokenizer for one sequence."""
         if self._token_bytes:

@@ -7,6 +7,7 @@ private directory, and read by each process from there; nothing deeper reads fla
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,15 @@ import msgspec
 from msgspec import Meta
 
 from protocol.errors import ConfigError
+from protocol.logs import LogFormat, LogLevel
 from protocol.model_config import ModelConfig
 
 PositiveInt = Annotated[int, Meta(ge=1)]
+
+# Read by the launcher beside its flags, since a command line is seen by every user of the machine.
+API_KEY_VARIABLE = "MINI_VLLM_API_KEY"
+# Options whose value no message may show.
+_SECRETS = ("api_key",)
 
 
 def _option(default: Any, help: str) -> Any:
@@ -76,9 +83,20 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         None, "record a profiler trace of some steps of the GPU worker into this directory"
     )
     profile_steps: str = _option("100-200", "the steps to record, counted from the first")
+    api_key: tuple[str, ...] = _option(
+        (), "keys of which /v1 asks for one; default: those in MINI_VLLM_API_KEY, separated by commas"
+    )
+    allowed_origins: tuple[str, ...] = _option(("*",), "origins whose web pages may use the HTTP API")
+    allowed_methods: tuple[str, ...] = _option(("*",), "HTTP methods that such pages may use")
+    allowed_headers: tuple[str, ...] = _option(("*",), "HTTP headers that such pages may send")
+    allow_credentials: bool = _option(False, "let such pages send cookies and the like")
+    access_log: bool = _option(False, "log a line for each HTTP request")
+    log_level: LogLevel = _option("info", "least severe records that are logged")
+    log_format: LogFormat = _option("text", "log lines for people or, as json, for programs")
 
 
 _HELP_BY_FIELD = dict(zip(EngineOptions.__struct_fields__, _HELP, strict=True))
+_LISTS = {name for name, hint in get_type_hints(EngineOptions).items() if get_origin(hint) is tuple}
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +127,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         return f"ipc://{self.run_directory}/launcher.sock"
 
     def save(self, path: Path) -> None:
+        # It holds the API keys.
+        path.touch(mode=0o600)
         path.write_bytes(msgspec.json.encode(self))
 
     @staticmethod
@@ -125,12 +145,14 @@ def make_options(values: Mapping[str, Any]) -> EngineOptions:
     unknown = sorted(set(values) - set(EngineOptions.__struct_fields__))
     if unknown:
         raise ConfigError(f"unknown option {unknown[0]!r}; options: {', '.join(EngineOptions.__struct_fields__)}")
+    values = {name: [value] if name in _LISTS and isinstance(value, str) else value for name, value in values.items()}
     for name, value in values.items():
         try:
             msgspec.convert({name: value}, EngineOptions)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{_flag(name)}: {str(error).split(' - at')[0]} (got {value!r})") from error
-    options = msgspec.convert(dict(values), EngineOptions)
+            shown = "" if name in _SECRETS else f" (got {value!r})"
+            raise ConfigError(f"{_flag(name)}: {str(error).split(' - at')[0]}{shown}") from error
+    options = msgspec.convert(values, EngineOptions)
     if options.max_num_batched_tokens < options.max_num_seqs:
         raise ConfigError(
             f"--max-num-batched-tokens ({options.max_num_batched_tokens}) must be at least --max-num-seqs "
@@ -140,11 +162,31 @@ def make_options(values: Mapping[str, Any]) -> EngineOptions:
         raise ConfigError(f"--block-size must be a power of two, got {options.block_size}")
     parse_size(options.kv_cache_memory)
     parse_steps(options.profile_steps)
+    _check_http_options(options)
     return options
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> EngineOptions:
-    """Options from a command line. Exits with code 2 on an unknown flag, as argparse does.
+def _check_http_options(options: EngineOptions) -> None:
+    for key in options.api_key:
+        if re.fullmatch(r"[!-+\--~]+", key) is None:
+            raise ConfigError("--api-key: a key must be of printable ASCII characters, without spaces and commas")
+    for origin in options.allowed_origins:
+        if origin not in ("*", "null") and re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) is None:
+            raise ConfigError(
+                f"--allowed-origins: an origin is * or a scheme and a host, such as https://example.com, got {origin!r}"
+            )
+    for name, values in (("allowed_methods", options.allowed_methods), ("allowed_headers", options.allowed_headers)):
+        for value in values:
+            if re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", value, re.ASCII) is None:
+                raise ConfigError(f"{_flag(name)}: {value!r} is not a name that HTTP allows")
+
+
+def parse_arguments(
+    arguments: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
+) -> EngineOptions:
+    """Options from a command line, and the API keys, if it has none, from the environment.
+
+    Exits with code 2 on an unknown flag, as argparse does.
 
     Raises:
         ConfigError: a flag has a bad value.
@@ -164,11 +206,29 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> EngineOptions:
         if kind is bool:
             shown = f"{help_text} (default: {'on' if default else 'off'})"
             parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=shown)
+        elif name in _LISTS:
+            shown = help_text if not default else f"{help_text} (default: {' '.join(default)})"
+            parser.add_argument(_flag(name), type=_list_items, nargs="+", action="extend", help=shown, metavar="VALUE")
         elif get_origin(kind) is Literal:
             parser.add_argument(_flag(name), choices=get_args(kind), help=shown)
         else:
             parser.add_argument(_flag(name), type=kind, help=shown, metavar=kind.__name__.upper())
-    return make_options(vars(parser.parse_args(arguments)))
+    values = vars(parser.parse_args(arguments))
+    for name in _LISTS & values.keys():
+        values[name] = [item for items in values[name] for item in items]
+    if "api_key" not in values and environment.get(API_KEY_VARIABLE):
+        values["api_key"] = environment[API_KEY_VARIABLE].split(",")
+    return make_options(values)
+
+
+def _list_items(text: str) -> list[str]:
+    """The values in one word of a command line: several as a JSON list, as vLLM writes them, or the word itself."""
+    if text.startswith("["):
+        try:
+            return msgspec.json.decode(text, type=list[str])
+        except msgspec.DecodeError:
+            pass
+    return [text]
 
 
 def help_rows() -> list[tuple[str, str, str]]:
@@ -177,6 +237,8 @@ def help_rows() -> list[tuple[str, str, str]]:
     for name, help_text in _HELP_BY_FIELD.items():
         default = getattr(EngineOptions(), name)
         shown = ("on" if default else "off") if isinstance(default, bool) else f"`{default}`"
+        if isinstance(default, tuple):
+            shown = f"`{' '.join(default)}`" if default else ""
         shown = "" if default is None else shown
         rows.append((_flag(name), shown, help_text))
     return rows
@@ -188,6 +250,8 @@ def option_flags(options: Mapping[str, Any]) -> list[str]:
     for name, value in options.items():
         if isinstance(value, bool):
             flags.append(_flag(name) if value else _flag(name).replace("--", "--no-", 1))
+        elif name in _LISTS:
+            flags += [_flag(name), json.dumps([value] if isinstance(value, str) else list(value))]
         elif value is not None:
             flags += [_flag(name), str(value)]
     return flags

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
+from protocol.histogram import HistogramCounts
 from protocol.sampling import SamplingParams
 
 PROTOCOL_VERSION = 2
@@ -67,7 +68,8 @@ class GetStats(Message, frozen=True):
 class Stats(Message, frozen=True):
     """Counters since start-up and gauges of now, from the core.
 
-    `num_free_blocks` counts cached blocks that nobody holds; `prefix_cache_queries` and `_hits` count tokens.
+    `num_free_blocks` counts cached blocks that nobody holds; `prefix_cache_queries` and `_hits` count tokens;
+    `queue_time` is of seconds from arrival at the core to the step that first computed something of a request.
     """
 
     query_id: int = 0
@@ -84,10 +86,14 @@ class Stats(Message, frozen=True):
     generation_tokens: Count = 0
     finished_requests: Count = 0
     aborted_requests: Count = 0
+    queue_time: HistogramCounts = HistogramCounts()
 
 
 class EngineInfo(Struct, array_like=True, frozen=True):
-    """What a peer must know of the engine before it sends a request."""
+    """What a peer must know of the engine before it sends a request.
+
+    `sampling_defaults` are the values, by name, that the model recommends; the frontend adds them.
+    """
 
     model: str
     max_model_len: int
@@ -95,6 +101,7 @@ class EngineInfo(Struct, array_like=True, frozen=True):
     block_size: int
     num_blocks: int
     has_tokenizer: bool = True
+    sampling_defaults: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 # --- Python client ⇄ frontend ---------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ is the lifeline: it is never written, so reading it ends exactly when the launch
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,8 +18,11 @@ import zmq
 
 from protocol.config import EngineConfig
 from protocol.errors import EngineError
+from protocol.logs import configure_logging
 from protocol.messages import ProcessFailed, ProcessReady, Progress
 from protocol.transport import Channel, open_socket
+
+logger = logging.getLogger(__name__)
 
 # For the launcher itself: a program that starts an engine of its own sets this to the read end of such a pipe.
 LIFELINE_VARIABLE = "MINI_VLLM_LIFELINE_FD"
@@ -57,6 +60,7 @@ def run_child(name: str, main: Callable[[ChildProcess], None]) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     child = ChildProcess(name, EngineConfig.load(Path(sys.argv[1])))
+    configure_logging(name, child.config.options.log_level, child.config.options.log_format)
     _watch_lifeline()
     code = 0
     try:
@@ -65,7 +69,7 @@ def run_child(name: str, main: Callable[[ChildProcess], None]) -> None:
         child.failed(str(error))
         code = 1
     except Exception as error:
-        traceback.print_exc()
+        logger.exception("the %s process ends with an error", name)
         child.failed(f"{type(error).__name__}: {error}")
         code = 1
     child.close()

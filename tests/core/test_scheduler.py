@@ -634,3 +634,32 @@ class RandomOperations(RuleBasedStateMachine):
 
 RandomOperations.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAccounting = RandomOperations.TestCase
+
+
+def test_queue_time_is_from_arrival_to_the_first_step_and_counts_once() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    engine = Engine(scheduler, depth=1)
+    for request_id, arrived in ((0, 10.0), (1, 11.0), (2, 12.0)):
+        params = SamplingParams(temperature=0.0, seed=request_id, max_tokens=1, ignore_eos=True)
+        engine.tokens[request_id] = []
+        scheduler.add(0, AddRequest(request_id, pack_ints([5, 6, 7]), params), arrived)
+    scheduler.abort(0, [2])
+    for now in (10.25, 13.5):
+        step = scheduler.schedule(now)
+        assert step is not None
+        engine.worker.execute(step)
+        engine.receive()
+    waited = scheduler.stats().queue_time
+    # 0.25 s and 2.5 s; the third was never computed.
+    assert (sum(waited.counts), waited.total) == (2, 2.75)
+    assert [bound for bound, count in zip(waited.bounds, waited.counts, strict=False) if count] == [0.3, 2.5]
+
+
+def test_a_preempted_request_is_not_queued_anew() -> None:
+    engine = Engine(make_scheduler(num_blocks=17))
+    for request_id in range(12):
+        engine.add(request_id, prompt_of(request_id, 20), max_tokens=20, ignore_eos=True)
+    engine.run()
+    stats = engine.scheduler.stats()
+    assert stats.num_preemptions > 0
+    assert sum(stats.queue_time.counts) == 12

@@ -61,6 +61,16 @@ class RunningEngine:
             self.http = httpx.Client(base_url=self.url, timeout=60)
         return self
 
+    def wait_for(self, pattern: str) -> str:
+        """What the pattern's group, or the whole pattern, matches in a line, once there is such a line."""
+        with self._changed:
+            found = self._changed.wait_for(
+                lambda: next((match for line in self._lines if (match := re.search(pattern, line))), None),
+                START_SECONDS,
+            )
+        assert found, self.output
+        return str(found[1] if found.re.groups else found[0])
+
     def _wait_for(self, text: str) -> None:
         with self._changed:
             assert self._changed.wait_for(lambda: any(text in line for line in self._lines), 10), text

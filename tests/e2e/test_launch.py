@@ -166,7 +166,9 @@ def test_a_second_engine_on_an_address_is_refused(engine: RunningEngine, start_e
     assert engine.http.get("/health").status_code == 200
 
 
-@pytest.mark.parametrize("module", ["protocol.process", "frontend", "frontend.server", "core.engine", "launch"])
+@pytest.mark.parametrize(
+    "module", ["protocol.process", "frontend", "frontend.server", "frontend.chat.__main__", "core.engine", "launch"]
+)
 def test_only_the_worker_imports_torch(module: str) -> None:
     code = f"import {module}, sys; print([name for name in ('torch', 'transformers', 'triton') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -17,6 +17,8 @@ SNIPPETS = re.findall(r"```(python|bash)\n(.*?)```", README, re.DOTALL)
 PYTHON = [code for language, code in SNIPPETS if language == "python"]
 CURL = [code for language, code in SNIPPETS if language == "bash" and code.startswith("curl")]
 
+CHAT = [code for language, code in SNIPPETS if language == "bash" and "| python -m frontend.chat" in code]
+
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
@@ -47,9 +49,16 @@ def test_curl_snippet_answers(code: str, environment: dict[str, str], tmp_path: 
     assert "Paris" in run(["bash", "-c", code], environment, tmp_path)
 
 
+@pytest.mark.parametrize("code", CHAT)
+def test_chat_snippet_answers(code: str, environment: dict[str, str], tmp_path: Path) -> None:
+    code = code.replace("python -m", f"{sys.executable} -m")
+    assert "Paris" in run(["bash", "-c", code], environment, tmp_path)
+
+
 def test_every_kind_of_snippet_was_found() -> None:
     assert len(PYTHON) >= 3
     assert len(CURL) >= 1
+    assert len(CHAT) == 1
 
 
 def test_the_list_of_flags_is_complete() -> None:

@@ -56,12 +56,61 @@ def test_defaults_are_the_struct_s() -> None:
         ({"max_step_ms": float("nan")}, "--max-step-ms"),
         ({"profile_steps": "9-3"}, "--profile-steps"),
         ({"kv_cache_memory": "lots"}, "--kv-cache-memory"),
+        ({"api_key": "a b"}, "--api-key"),
+        ({"api_key": [""]}, "--api-key"),
+        ({"api_key": 5}, "--api-key"),
+        ({"allowed_origins": "example.com"}, "--allowed-origins.*'example.com'"),
+        ({"allowed_origins": ["https://example.com/"]}, "--allowed-origins"),
+        ({"allowed_methods": ["GET POST"]}, "--allowed-methods.*'GET POST'"),
+        ({"allowed_headers": ["X:"]}, "--allowed-headers.*'X:'"),
+        ({"log_level": "loud"}, "--log-level"),
+        ({"log_format": "xml"}, "--log-format"),
         ({"no_such_option": 1}, "no_such_option"),
     ],
 )
 def test_bad_option_is_named(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_options(values)
+
+
+@pytest.mark.parametrize(
+    ("flags", "keys"),
+    [
+        (["--api-key", "a"], ("a",)),
+        (["--api-key", "a", "b"], ("a", "b")),
+        (["--api-key", "a", "--api-key", "b"], ("a", "b")),
+        (["--api-key", '["a", "b"]'], ("a", "b")),
+        (["--api-key", "[a]"], ("[a]",)),
+        (["--api-key=-a"], ("-a",)),
+        ([], ("c", "d")),
+    ],
+)
+def test_lists_are_words_or_json_and_keys_come_from_the_environment_too(flags: list[str], keys: tuple[str]) -> None:
+    assert parse_arguments(flags, {"MINI_VLLM_API_KEY": "c,d"}).api_key == keys
+
+
+def test_an_empty_list_is_not_the_default() -> None:
+    flags = option_flags({"allowed_origins": []})
+    assert parse_arguments(flags).allowed_origins == ()
+    assert parse_arguments([], {"MINI_VLLM_API_KEY": ""}).api_key == ()
+
+
+@pytest.mark.parametrize("key", ["hush hush", "hush,hush", "húsh"])
+def test_no_error_shows_a_key(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_options({"api_key": [key]})
+    assert key not in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        make_options({"api_key": {key: 1}})
+    assert key not in str(caught.value)
+
+
+def test_the_configuration_file_is_its_owners(tmp_path: Path) -> None:
+    options = make_options({"model": str(write_model(tmp_path)), "device": "cpu", "api_key": "hush"})
+    file = tmp_path / "saved.json"
+    resolve(options, tmp_path).save(file)
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert EngineConfig.load(file).options.api_key == ("hush",)
 
 
 def test_an_unknown_flag_exits_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:

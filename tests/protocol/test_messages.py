@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol import messages
+from protocol.histogram import HistogramCounts
 from protocol.messages import Malformed, pack_ints, unpack_ints
 from protocol.sampling import SamplingParams
 from protocol.transport import Decoder, encode
@@ -72,6 +73,9 @@ BY_FIELD_TYPE = {
     # Fields whose text or number is checked by nobody before it is used as a limit.
     messages.FinishReason: st.sampled_from(typing.get_args(messages.FinishReason)),
     messages.ErrorKind: st.sampled_from(typing.get_args(messages.ErrorKind)),
+    HistogramCounts: st.lists(st.floats(allow_nan=False), max_size=3).map(
+        lambda bounds: HistogramCounts(bounds, [7] * (len(bounds) + 1), 1.5)
+    ),
 }
 RAW_FIELDS = {
     "request_ids": int_arrays("x", dtype="<i8")["x"],
