@@ -18,7 +18,9 @@ from starlette.routing import Route
 from frontend.generation_config import load_sampling_defaults
 from frontend.http_completions import ChatEndpoint, CompletionEndpoint
 from frontend.http_errors import ModelNotFoundError, error_response, internal_error_response
+from frontend.http_responses import ResponsesEndpoint, StoredResponses
 from frontend.openai_responses import ModelCard, ModelList
+from frontend.response_store import ResponseStore
 from frontend.service import Service
 from protocol.errors import EngineError
 
@@ -27,6 +29,8 @@ def make_app(service: Service) -> Starlette:
     """Raises ConfigError if the model's generation_config.json cannot be used."""
     defaults = load_sampling_defaults(Path(service.config.model_path))
     started = int(time.time())
+    store = ResponseStore()
+    stored = StoredResponses(store)
 
     def card() -> ModelCard:
         service.require_ready()
@@ -53,6 +57,10 @@ def make_app(service: Service) -> Starlette:
         routes=[
             Route("/v1/chat/completions", ChatEndpoint(service, defaults), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(service, defaults), methods=["POST"]),
+            Route("/v1/responses", ResponsesEndpoint(service, defaults, store), methods=["POST"]),
+            Route("/v1/responses/{id}", stored.show, methods=["GET"]),
+            Route("/v1/responses/{id}", stored.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/cancel", stored.cancel, methods=["POST"]),
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", show_model, methods=["GET"]),
             Route("/health", health, methods=["GET"]),

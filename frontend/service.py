@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 import zmq
 
+from frontend.answer_parser import AnswerFormat, answer_format
 from frontend.core_link import CoreLink
 from frontend.prompts import Prompts
 from frontend.requests import RequestTable
@@ -38,11 +39,12 @@ class Service:
 
     Attributes:
         state: "starting" until `start` returns; "failed" when the core went away.
-        engine: what clients are told of the engine. Like `tokenizer`, `prompts` and `requests` set by `start`.
+        engine: what clients are told of the engine. Like the attributes below it set by `start`.
     """
 
     engine: EngineInfo
     tokenizer: Tokenizer | None
+    answer_format: AnswerFormat
     prompts: Prompts
     requests: RequestTable
 
@@ -66,6 +68,7 @@ class Service:
         self.engine = msgspec.structs.replace(
             engine, model=self.config.model_name, has_tokenizer=self.tokenizer is not None
         )
+        self.answer_format = answer_format(self.config.options, self.tokenizer)
         self.prompts = Prompts(self.tokenizer, self.engine, self._executor)
         self.requests = RequestTable(self.core, self.tokenizer)
         self.state = "ready"
