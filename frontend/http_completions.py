@@ -62,7 +62,7 @@ class Endpoint(ABC):
         self._check(fields)
         limit, limit_name = self._max_tokens(fields)
         params = sampling_params(fields, self._defaults, limit, limit_name)
-        token_ids = [await self._service.prompts.token_ids(prompt) for prompt in prompts]
+        token_ids = [await self._token_ids(prompt) for prompt in prompts]
         if limit is not None and limit_name is not None:
             for ids in token_ids:
                 self._service.prompts.require_room(limit, ids, limit_name)
@@ -97,6 +97,9 @@ class Endpoint(ABC):
     @abstractmethod
     def _decode(self, body: bytes) -> tuple[Any, list[Prompt | list[int]]]:
         """The request's fields and its prompts."""
+
+    async def _token_ids(self, prompt: Prompt | list[int]) -> list[int]:
+        return await self._service.prompts.token_ids(prompt)
 
     @abstractmethod
     def _max_tokens(self, fields: Any) -> tuple[int | None, str | None]:

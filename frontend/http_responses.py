@@ -8,7 +8,7 @@ import uuid
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from frontend.answer_parser import AnswerParser
 from frontend.collector import Collector
@@ -52,9 +52,9 @@ class ResponsesEndpoint(Endpoint):
         super().__init__(service, defaults)
         self._store = store
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _token_ids(self, prompt: Prompt | list[int]) -> list[int]:
         try:
-            await super().__call__(scope, receive, send)
+            return await super()._token_ids(prompt)
         except InvalidRequestError as error:
             if error.param != "messages":
                 raise

@@ -6,7 +6,6 @@ Checks both, and makes the grammar of an answer that must call. Knows nothing of
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Container, Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from msgspec import Struct
 from frontend.reasoning import Thinking
 from protocol.errors import InvalidRequestError
 
-_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_LONGEST_NAME = 128
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
 
 
@@ -93,9 +92,9 @@ def _read_tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
         if field not in _FUNCTION_FIELDS:
             raise InvalidRequestError(f"{where}.function.{field} is not supported, got {function[field]!r}", "tools")
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not 1 <= len(name) <= _LONGEST_NAME:
         raise InvalidRequestError(
-            f"{where}.function.name must be 1 to 64 letters, digits, dots, underscores or dashes, got {name!r}", "tools"
+            f"{where}.function.name must be a string of 1 to {_LONGEST_NAME} characters, got {name!r}", "tools"
         )
     if not isinstance(function.get("parameters"), Mapping | None):
         raise InvalidRequestError(
@@ -131,10 +130,14 @@ def call_grammar(tools: Tools, thinking: Thinking, tokens: Container[str]) -> st
         "object: " + " | ".join(f"object_{index}" for index in range(len(functions))),
     ]
     for index, function in enumerate(functions):
-        head = json.dumps('{"name": ' + json.dumps(function["name"]) + ', "arguments": ')
+        head = _quoted('{"name": ' + _quoted(function["name"]) + ', "arguments": ')
         lines.append(f'object_{index}: {head} arguments_{index} "}}"')
         lines.append(f"arguments_{index}: %json {json.dumps(_arguments_schema(function))}")
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
