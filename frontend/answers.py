@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import UNSET, Struct, UnsetType
 
+from frontend.answer_parser import AnswerParser, Part, Thoughts
 from frontend.openai_responses import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     Delta,
+    FunctionCall,
     Message,
     TextChoice,
     TextCompletion,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
+from frontend.tool_calls import CallDelta
 from protocol.logs import current_request_id
 from protocol.messages import Finished
 
@@ -75,7 +80,8 @@ class ChatAnswer(_Answer):
         chunk.prompt_token_ids = self._ids(prompt_token_ids)
         return chunk
 
-    def chunk(self, index: int, text: str, token_ids: list[int], finished: Finished | None) -> ChatChunk:
+    def chunk(self, index: int, text: str, token_ids: list[int], finished: Finished | None) -> ChatChunk | None:
+        """What is new in a choice, or None if there is nothing to say yet."""
         choice = ChatChunkChoice(index, Delta(content=text) if text else Delta(), token_ids=self._ids(token_ids))
         if finished is not None:
             choice.finish_reason, choice.stop_reason = finished.reason, finished.stop_reason
@@ -88,6 +94,86 @@ class ChatAnswer(_Answer):
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(self._id, self._created, self._model, choices, usage=self._no_usage)
+
+
+class ParsedChatAnswer(ChatAnswer):
+    """A chat whose text holds thoughts or calls, each choice with a parser of its own until the rest is plain."""
+
+    def __init__(
+        self,
+        model: str,
+        new_parser: Callable[[], AnswerParser],
+        *,
+        with_reasoning: bool,
+        with_token_ids: bool,
+        with_usage: bool,
+    ) -> None:
+        super().__init__(model, with_token_ids=with_token_ids, with_usage=with_usage)
+        self._new_parser = new_parser
+        self._with_reasoning = with_reasoning
+        self._parsers: dict[int, AnswerParser | None] = {}
+        self._has_calls: set[int] = set()
+
+    def whole(self, choices: Sequence[WholeChoice], usage: Usage) -> ChatCompletion:
+        completion = super().whole(choices, usage)
+        for choice in completion.choices:
+            said, thoughts, calls = self._sorted(self._new_parser().feed(choice.message.content or "", is_last=True))
+            message = Message(said if said or not (thoughts or calls) else None)
+            if calls:
+                message.tool_calls = [
+                    ToolCall(_new_call_id(), FunctionCall(call.name or UNSET, call.arguments)) for call in calls
+                ]
+                if choice.finish_reason == "stop":
+                    choice.finish_reason = "tool_calls"
+            if thoughts:
+                message.reasoning_content = message.reasoning = thoughts
+            choice.message = message
+        return completion
+
+    def chunk(self, index: int, text: str, token_ids: list[int], finished: Finished | None) -> ChatChunk | None:
+        if index not in self._parsers:
+            self._parsers[index] = self._new_parser()
+        parser = self._parsers[index]
+        if parser is None:
+            return super().chunk(index, text, token_ids, finished)
+        said, thoughts, calls = self._sorted(parser.feed(text, finished is not None))
+        if parser.is_plain:
+            self._parsers[index] = None
+        if not (said or thoughts or calls or finished is not None or self.with_token_ids):
+            return None
+        chunk = super().chunk(index, said, token_ids, finished)
+        assert chunk is not None
+        (choice,) = chunk.choices
+        if thoughts:
+            choice.delta.reasoning_content = choice.delta.reasoning = thoughts
+        if calls:
+            choice.delta.tool_calls = [_call_delta(call) for call in calls]
+            self._has_calls.add(index)
+        if choice.finish_reason == "stop" and index in self._has_calls:
+            choice.finish_reason = "tool_calls"
+        return chunk
+
+    def _sorted(self, parts: Sequence[Part]) -> tuple[str, str, list[CallDelta]]:
+        """Said text, thoughts if they are wanted, and calls, with one delta for each."""
+        said = "".join([part for part in parts if isinstance(part, str)])
+        thoughts = "".join([part.text for part in parts if isinstance(part, Thoughts)])
+        calls: dict[int, CallDelta] = {}
+        for part in parts:
+            if isinstance(part, CallDelta):
+                first = calls.setdefault(part.index, part)
+                if first is not part:
+                    first.arguments += part.arguments
+        return said, thoughts if self._with_reasoning else "", list(calls.values())
+
+
+def _call_delta(call: CallDelta) -> ToolCallDelta:
+    if call.name is None:
+        return ToolCallDelta(call.index, FunctionCall(arguments=call.arguments))
+    return ToolCallDelta(call.index, FunctionCall(call.name, call.arguments), _new_call_id(), "function")
+
+
+def _new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 class TextAnswer(_Answer):

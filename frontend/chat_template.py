@@ -21,14 +21,21 @@ from protocol.errors import ConfigError, InvalidRequestError
 
 # What the engine itself hands to the template; `template_options` cannot replace them.
 _RESERVED_NAMES = ("messages", "tools")
+# Stands at the end of a message that is to be continued while it is rendered, to see where it ended up.
+_CONTINUE_HERE = "\ue000continue here\ue000"
 _MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning")
 
 
 class ChatTemplate:
-    """A compiled chat template; `tool_source` is the variant some models have for conversations with tools."""
+    """A compiled chat template; `tool_source` is the variant some models have for conversations with tools.
+
+    Attributes:
+        source: the template's text, both variants.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any], tool_source: str | None = None) -> None:
         """Raises ConfigError if the template does not compile."""
+        self.source = source + (tool_source or "")
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
@@ -50,23 +57,46 @@ class ChatTemplate:
     ) -> str:
         """The prompt of a conversation, ending where the assistant is to speak.
 
+        Options are variables of the template. Two have a meaning of their own: without `add_generation_prompt` the
+        prompt ends with the last message, and with `continue_final_message` within it, at the end of its content.
+
         Raises:
             InvalidRequestError: the messages have the wrong form, or the template refuses them.
         """
-        options = options or {}
+        options = dict(options or {})
         for name in _RESERVED_NAMES:
             if name in options:
                 raise InvalidRequestError(
                     f"chat_template_kwargs cannot set {name!r}, which is the request's own", "chat_template_kwargs"
                 )
+        is_continued = options.pop("continue_final_message", None) or False
+        if is_continued:
+            if options.get("add_generation_prompt"):
+                raise InvalidRequestError(
+                    "continue_final_message and add_generation_prompt cannot both be true: "
+                    "an answer is either continued or begun",
+                    "continue_final_message",
+                )
+            options["add_generation_prompt"] = False
         variables = {"documents": None, "add_generation_prompt": True, **self._special_tokens, **options}
         conversation = normalize_messages(messages)
+        if is_continued:
+            conversation[-1]["content"] += _CONTINUE_HERE
         template = self._tool_template if tools else self._template
         try:
-            return template.render(messages=conversation, tools=tools or None, **variables)
+            prompt = template.render(messages=conversation, tools=tools or None, **variables)
         except Exception as error:
             # The template is the model's program and runs on the user's data: whatever it raises, the data caused it.
             raise InvalidRequestError(f"the chat template refused the messages: {error}", "messages") from error
+        if not is_continued:
+            return prompt
+        before, found, _ = prompt.rpartition(_CONTINUE_HERE)
+        if not found:
+            raise InvalidRequestError(
+                "the chat template leaves out the final message's content, which therefore cannot be continued",
+                "continue_final_message",
+            )
+        return before
 
 
 def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -91,7 +121,9 @@ def _normalize_message(message: Mapping[str, Any], where: str) -> dict[str, Any]
     for name in given:
         if name not in _MESSAGE_FIELDS:
             raise InvalidRequestError(f"{where}.{name} is not supported, got {given[name]!r}", "messages")
-    given["content"] = _text_of_content(message.get("content"), f"{where}.content")
+    # OpenAI's newer name, which chat templates do not know.
+    given["role"] = "system" if role == "developer" else role
+    given["content"] = text_of_content(message.get("content"), f"{where}.content")
     if "tool_calls" in given:
         given["tool_calls"] = [
             _normalize_tool_call(call, f"{where}.tool_calls[{index}]")
@@ -100,7 +132,12 @@ def _normalize_message(message: Mapping[str, Any], where: str) -> dict[str, Any]
     return given
 
 
-def _text_of_content(content: Any, where: str) -> str:
+def text_of_content(content: Any, where: str) -> str:
+    """A message's text, given as a string or as a list of text parts, which are joined by line breaks.
+
+    Raises:
+        InvalidRequestError: something else, such as an image.
+    """
     if content is None:
         return ""
     if isinstance(content, str):

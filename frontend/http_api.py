@@ -20,10 +20,12 @@ from frontend.http_auth import ApiKeyMiddleware
 from frontend.http_completions import ChatEndpoint, CompletionEndpoint
 from frontend.http_errors import error_response, internal_error_response, require_model
 from frontend.http_exchange import REQUEST_ID_HEADER, ExchangeMiddleware
+from frontend.http_responses import ResponsesEndpoint, StoredResponses
 from frontend.http_tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from frontend.metrics import render_metrics
 from frontend.openai_responses import ModelCard, ModelList
 from frontend.page import page_routes
+from frontend.response_store import ResponseStore
 from frontend.service import Service
 from protocol import __version__
 from protocol.config import EngineOptions
@@ -55,6 +57,8 @@ def _allow_origins(app: ASGIApp, options: EngineOptions) -> ASGIApp:
 def _make_routes(service: Service) -> Starlette:
     defaults = service.sampling_defaults
     started = int(time.time())
+    store = ResponseStore()
+    stored = StoredResponses(store)
 
     def card() -> ModelCard:
         service.require_ready()
@@ -87,6 +91,10 @@ def _make_routes(service: Service) -> Starlette:
         routes=[
             Route("/v1/chat/completions", ChatEndpoint(service, defaults), methods=["POST"]),
             Route("/v1/completions", CompletionEndpoint(service, defaults), methods=["POST"]),
+            Route("/v1/responses", ResponsesEndpoint(service, defaults, store), methods=["POST"]),
+            Route("/v1/responses/{id}", stored.show, methods=["GET"]),
+            Route("/v1/responses/{id}", stored.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/cancel", stored.cancel, methods=["POST"]),
             Route("/v1/models", list_models, methods=["GET"]),
             Route("/v1/models/{model:path}", show_model, methods=["GET"]),
             Route("/health", health, methods=["GET"]),

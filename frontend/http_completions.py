@@ -14,15 +14,23 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from frontend.answers import Answer, ChatAnswer, TextAnswer, WholeChoice
+from frontend.answers import Answer, ChatAnswer, ParsedChatAnswer, TextAnswer, WholeChoice
 from frontend.collector import Collector
 from frontend.generation_config import SamplingDefaults
 from frontend.http_errors import error_body, require_model
 from frontend.http_exchange import exchange_of
 from frontend.openai_responses import PromptTokensDetails, Usage
-from frontend.openai_types import CHAT_REQUEST, COMPLETION_REQUEST, ChatFields, CompletionFields, sampling_params
+from frontend.openai_types import (
+    CHAT_REQUEST,
+    COMPLETION_REQUEST,
+    ChatFields,
+    CompletionFields,
+    RequestFields,
+    sampling_params,
+)
 from frontend.requests import RunningRequest
 from frontend.service import Service
+from frontend.tool_choice import read_tools, require_free_choice
 from protocol.errors import EngineError, InvalidRequestError
 from protocol.messages import ChatPrompt, Prompt, TextPrompt
 
@@ -31,7 +39,7 @@ MAX_BODY_BYTES = 32 * 1024 * 1024
 _DEFAULT_COMPLETION_TOKENS = 16
 
 _encode = msgspec.json.encode
-_STREAM_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     # Asks a proxy in between to pass events on as they come.
@@ -39,7 +47,7 @@ _STREAM_HEADERS = [
 ]
 
 
-class _Endpoint(ABC):
+class Endpoint(ABC):
     """An ASGI application; subclasses say what the request and the answer look like."""
 
     def __init__(self, service: Service, defaults: SamplingDefaults) -> None:
@@ -57,7 +65,7 @@ class _Endpoint(ABC):
         self._check(fields)
         limit, limit_name = self._max_tokens(fields)
         params = sampling_params(fields, self._defaults, limit, limit_name)
-        token_ids = [await self._service.prompts.token_ids(prompt) for prompt in prompts]
+        token_ids = [await self._token_ids(prompt) for prompt in prompts]
         if limit is not None and limit_name is not None:
             for ids in token_ids:
                 self._service.prompts.require_room(limit, ids, limit_name)
@@ -81,11 +89,11 @@ class _Endpoint(ABC):
                         arrival_time=arrived,
                     )
                 )
-            answer = self._answer(fields)
+            answer = self._answer(fields, prompts, token_ids)
             if stream:
-                await _stream(send, answer, collector, requests)
+                await self._send_stream(send, answer, collector, requests)
             else:
-                await _respond(send, answer, collector, requests)
+                await self._send_whole(send, answer, collector, requests)
         finally:
             watcher.cancel()
             self._service.requests.abort(requests)
@@ -95,15 +103,24 @@ class _Endpoint(ABC):
     def _decode(self, body: bytes) -> tuple[Any, list[Prompt | list[int]]]:
         """The request's fields and its prompts."""
 
+    async def _token_ids(self, prompt: Prompt | list[int]) -> list[int]:
+        return await self._service.prompts.token_ids(prompt)
+
     @abstractmethod
     def _max_tokens(self, fields: Any) -> tuple[int | None, str | None]:
         """The most tokens to generate, and the name of the field that says so, if one does."""
 
     @abstractmethod
-    def _answer(self, fields: Any) -> Answer:
-        """What the response is made of."""
+    def _answer(self, fields: Any, prompts: list[Prompt | list[int]], token_ids: list[list[int]]) -> Any:
+        """What makes the response out of outputs, behind these prompts, which have these ids."""
 
-    def _check(self, fields: ChatFields | CompletionFields) -> None:
+    async def _send_whole(self, send: Send, answer: Any, collector: Collector, requests: list[RunningRequest]) -> None:
+        await _respond(send, answer, collector, requests)
+
+    async def _send_stream(self, send: Send, answer: Any, collector: Collector, requests: list[RunningRequest]) -> None:
+        await _stream(send, answer, collector, requests)
+
+    def _check(self, fields: RequestFields) -> None:
         require_model(fields.model, self._service.engine.model)
         if fields.stream_options is not None and not fields.stream:
             raise InvalidRequestError("stream_options needs stream to be true", "stream_options")
@@ -117,23 +134,37 @@ class _Endpoint(ABC):
         }
 
 
-class ChatEndpoint(_Endpoint):
+class ChatEndpoint(Endpoint):
     """POST /v1/chat/completions"""
 
     def _decode(self, body: bytes) -> tuple[ChatFields, list[Prompt | list[int]]]:
         fields: ChatFields = CHAT_REQUEST.decode(body)
-        return fields, [ChatPrompt(fields.messages, fields.tools, fields.chat_template_kwargs or {})]
+        tools = read_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
+        require_free_choice(tools)
+        options = dict(fields.chat_template_kwargs or {})
+        for name in ("add_generation_prompt", "continue_final_message"):
+            if getattr(fields, name) is not None:
+                options[name] = getattr(fields, name)
+        return fields, [ChatPrompt(fields.messages, tools.offered or None, options)]
 
     def _max_tokens(self, fields: ChatFields) -> tuple[int | None, str | None]:
         if fields.max_completion_tokens is not None:
             return fields.max_completion_tokens, "max_completion_tokens"
         return fields.max_tokens, "max_tokens"
 
-    def _answer(self, fields: ChatFields) -> ChatAnswer:
-        return ChatAnswer(**self._answer_options(fields))
+    def _answer(self, fields: ChatFields, prompts: list[Prompt | list[int]], token_ids: list[list[int]]) -> ChatAnswer:
+        (prompt,) = prompts
+        assert isinstance(prompt, ChatPrompt)
+        new_parser = self._service.answer_format.parser_factory(
+            prompt, token_ids[0], parallel=fields.parallel_tool_calls is not False, stream=bool(fields.stream)
+        )
+        if new_parser is None:
+            return ChatAnswer(**self._answer_options(fields))
+        with_reasoning = fields.include_reasoning is not False
+        return ParsedChatAnswer(new_parser=new_parser, with_reasoning=with_reasoning, **self._answer_options(fields))
 
 
-class CompletionEndpoint(_Endpoint):
+class CompletionEndpoint(Endpoint):
     """POST /v1/completions"""
 
     def _decode(self, body: bytes) -> tuple[CompletionFields, list[Prompt | list[int]]]:
@@ -145,7 +176,9 @@ class CompletionEndpoint(_Endpoint):
             return _DEFAULT_COMPLETION_TOKENS, None
         return fields.max_tokens, "max_tokens"
 
-    def _answer(self, fields: CompletionFields) -> TextAnswer:
+    def _answer(
+        self, fields: CompletionFields, prompts: list[Prompt | list[int]], token_ids: list[list[int]]
+    ) -> TextAnswer:
         return TextAnswer(**self._answer_options(fields))
 
 
@@ -180,17 +213,27 @@ async def _watch(receive: Receive, collector: Collector) -> None:
     collector.leave()
 
 
-async def _respond(send: Send, answer: Answer, collector: Collector, requests: list[RunningRequest]) -> None:
+async def gather(collector: Collector, requests: list[RunningRequest]) -> list[WholeChoice] | None:
+    """Waits for all choices to finish; None if the client has left."""
     whole: list[WholeChoice | None] = [None] * len(requests)
     while collector.num_unfinished:
         outputs = await collector.take()
         if not outputs:
-            return
+            return None
         for choice, text, token_ids in outputs:
             assert choice.finished is not None
             prompt_token_ids = requests[choice.index].prompt_token_ids
             whole[choice.index] = WholeChoice(text, token_ids, prompt_token_ids, choice.finished)
-    body = _encode(answer.whole([choice for choice in whole if choice is not None], _usage(collector, requests)))
+    return [choice for choice in whole if choice is not None]
+
+
+async def _respond(send: Send, answer: Answer, collector: Collector, requests: list[RunningRequest]) -> None:
+    choices = await gather(collector, requests)
+    if choices is not None:
+        await send_json(send, _encode(answer.whole(choices, usage_of(collector, requests))))
+
+
+async def send_json(send: Send, body: bytes) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -201,7 +244,7 @@ async def _stream(send: Send, answer: Answer, collector: Collector, requests: li
     outputs = await collector.take()
     if not outputs:
         return
-    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+    await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
     events = [
         _event(chunk)
         for request in requests
@@ -212,7 +255,9 @@ async def _stream(send: Send, answer: Answer, collector: Collector, requests: li
             for choice, text, token_ids in outputs:
                 # Tokens that make no text yet, half a character or the possible start of a stop string, can wait.
                 if text or choice.finished is not None or answer.with_token_ids:
-                    events.append(_event(answer.chunk(choice.index, text, token_ids, choice.finished)))
+                    chunk = answer.chunk(choice.index, text, token_ids, choice.finished)
+                    if chunk is not None:
+                        events.append(_event(chunk))
             if not collector.num_unfinished:
                 break
             if events:
@@ -222,7 +267,7 @@ async def _stream(send: Send, answer: Answer, collector: Collector, requests: li
             if not outputs:
                 return
         if answer.with_usage:
-            events.append(_event(answer.usage_chunk(_usage(collector, requests))))
+            events.append(_event(answer.usage_chunk(usage_of(collector, requests))))
     except EngineError as error:
         events.append(_event(error_body(error)))
     events.append(b"data: [DONE]\n\n")
@@ -233,7 +278,7 @@ def _event(body: msgspec.Struct) -> bytes:
     return b"data: " + _encode(body) + b"\n\n"
 
 
-def _usage(collector: Collector, requests: list[RunningRequest]) -> Usage:
+def usage_of(collector: Collector, requests: list[RunningRequest]) -> Usage:
     prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
     completion_tokens = sum(len(request.token_ids) for request in requests)
     cached = sum(choice.finished.num_cached_tokens for choice in collector.choices if choice.finished is not None)

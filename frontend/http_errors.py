@@ -20,6 +20,10 @@ class ModelNotFoundError(InvalidRequestError):
     """The request names a model that this engine does not serve."""
 
 
+class ResponseNotFoundError(InvalidRequestError):
+    """The request names a stored response that is not there."""
+
+
 def require_model(name: str | None, served: str) -> None:
     """Raises ModelNotFoundError if a request names another model than the one that is served."""
     if name is not None and name != served:
@@ -29,7 +33,7 @@ def require_model(name: str | None, served: str) -> None:
 def error_status(error: Exception) -> int:
     if isinstance(error, HTTPException):
         return error.status_code
-    if isinstance(error, ModelNotFoundError):
+    if isinstance(error, ModelNotFoundError | ResponseNotFoundError):
         return 404
     if isinstance(error, InvalidRequestError):
         return 400
@@ -40,6 +44,8 @@ def error_body(error: Exception) -> ErrorResponse:
     """The body of a response, or of the last event of a stream that cannot go on."""
     if isinstance(error, ModelNotFoundError):
         return ErrorResponse(ErrorBody(error.message, "invalid_request_error", error.param, "model_not_found"))
+    if isinstance(error, ResponseNotFoundError):
+        return ErrorResponse(ErrorBody(error.message, "invalid_request_error", error.param, "response_not_found"))
     if isinstance(error, InvalidRequestError):
         return ErrorResponse(ErrorBody(error.message, "invalid_request_error", error.param))
     if isinstance(error, HTTPException):

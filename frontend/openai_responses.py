@@ -5,6 +5,8 @@ Fields that are UNSET are left out of the JSON.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import UNSET, Struct, UnsetType
 
 from protocol.messages import FinishReason
@@ -45,16 +47,44 @@ class ModelList(Struct):
     object: str = "list"
 
 
+class FunctionCall(Struct):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCall(Struct):
+    id: str
+    function: FunctionCall
+    type: str = "function"
+
+
+class ToolCallDelta(Struct):
+    """All but `index` and new text of the arguments is in the first delta of a call only."""
+
+    index: int
+    function: FunctionCall
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
+ChatFinishReason = FinishReason | Literal["tool_calls"]
+
+
 class Message(Struct):
-    content: str
+    """`reasoning_content` and `reasoning` are the same: older and newer clients read one or the other."""
+
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
     index: int
     message: Message
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
     stop_reason: str | int | None = None
     logprobs: None = None
     token_ids: list[int] | UnsetType = UNSET
@@ -94,12 +124,15 @@ class TextCompletion(Struct):
 class Delta(Struct):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct):
     index: int
     delta: Delta
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinishReason | None = None
     stop_reason: str | int | None = None
     logprobs: None = None
     token_ids: list[int] | UnsetType = UNSET

@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from frontend.generation_config import SamplingDefaults
+from frontend.tool_choice import NamedToolChoice
 from protocol.errors import InvalidRequestError
 from protocol.sampling import SamplingParams
 
@@ -26,8 +27,8 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     continuous_usage_stats: Literal[False] | None = None
 
 
-class _RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
-    """What both kinds of completion have. None means that the field was not given."""
+class RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
+    """What all kinds of requests have. None means that the field was not given."""
 
     model: str | None = None
     max_tokens: int | None = None
@@ -47,14 +48,19 @@ class _RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
     return_token_ids: bool | None = None
 
 
-class ChatFields(_RequestFields, kw_only=True, forbid_unknown_fields=True):
+class ChatFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: int | None = None
 
 
-class CompletionFields(_RequestFields, kw_only=True, forbid_unknown_fields=True):
+class CompletionFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | int | list[int]]
 
     def prompts(self) -> list[str] | list[list[int]]:
@@ -77,7 +83,6 @@ class CompletionFields(_RequestFields, kw_only=True, forbid_unknown_fields=True)
 
 # Fields that say something about the request without changing its answer: any value will do.
 _NO_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id")
-_NO_EFFECT_ON_CHAT = ("parallel_tool_calls",)
 
 # Fields that are not served yet, with the values, besides null, that ask for nothing.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -106,22 +111,18 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "vllm_xargs": (),
 }
 _ONLY_CHAT: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
     "audio": (),
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": (),
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "include_reasoning": (True,),
     "logprobs": (False,),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
-    "tool_choice": ("none", "auto"),
     "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
@@ -194,12 +195,12 @@ def _validation_error(message: str, body: bytes) -> InvalidRequestError:
     return InvalidRequestError(f"{inner}: {reason[:1].lower()}{reason[1:]} (got {shown})", name)
 
 
-CHAT_REQUEST = RequestType(ChatFields, _NO_EFFECT + _NO_EFFECT_ON_CHAT, _ONLY | _ONLY_CHAT)
+CHAT_REQUEST = RequestType(ChatFields, _NO_EFFECT, _ONLY | _ONLY_CHAT)
 COMPLETION_REQUEST = RequestType(CompletionFields, _NO_EFFECT, _ONLY | _ONLY_COMPLETION)
 
 
 def sampling_params(
-    request: ChatFields | CompletionFields,
+    request: RequestFields,
     defaults: SamplingDefaults,
     max_tokens: int | None,
     max_tokens_field: str | None = None,

@@ -166,7 +166,11 @@ class RequestTable:
 
     def abort_all(self) -> None:
         """Ends every request with what it has so far and the finish reason "abort"."""
-        requests = list(self._running.values())
+        self.end(list(self._running.values()))
+
+    def end(self, requests: Iterable[RunningRequest]) -> None:
+        """Ends those of the requests that are running with what they have so far and the finish reason "abort"."""
+        requests = [request for request in requests if request.core_id in self._running]
         self._abort_in_core([request.core_id for request in requests])
         for request in requests:
             self._finish(request, Finished(request.core_id, "abort"))

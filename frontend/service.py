@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 import zmq
 
+from frontend.answer_parser import AnswerFormat, answer_format
 from frontend.core_link import CoreLink
 from frontend.generation_config import load_sampling_defaults
 from frontend.metrics import RequestMetrics
@@ -43,11 +44,12 @@ class Service:
 
     Attributes:
         state: "starting" until `start` returns; "failed" when the core went away.
-        engine: what clients are told of the engine. Like `tokenizer`, `prompts` and `requests` set by `start`.
+        engine: what clients are told of the engine. Like the attributes below it set by `start`.
     """
 
     engine: EngineInfo
     tokenizer: Tokenizer | None
+    answer_format: AnswerFormat
     prompts: Prompts
     requests: RequestTable
 
@@ -77,6 +79,7 @@ class Service:
             has_tokenizer=self.tokenizer is not None,
             sampling_defaults=msgspec.structs.asdict(self.sampling_defaults),
         )
+        self.answer_format = answer_format(self.config.options, self.tokenizer)
         self.prompts = Prompts(self.tokenizer, self.engine, self._executor)
         self.requests = RequestTable(self.core, self.tokenizer, self.metrics)
         self.state = "ready"

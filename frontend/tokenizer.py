@@ -85,6 +85,14 @@ class Tokenizer:
             return ByteLevelDetokenizer(self._token_bytes[skip_special_tokens])
         return WindowDetokenizer(self._backend, self._special_tokens if skip_special_tokens else frozenset())
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that the vocabulary writes so, if there is one."""
+        return self._backend.token_to_id(text)
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        return self._chat_template
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

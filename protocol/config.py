@@ -53,6 +53,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     )
     load_format: Literal["auto", "dummy"] = _option("auto", "auto reads safetensors; dummy makes random weights")
     skip_tokenizer_init: bool = _option(False, "serve without a tokenizer: token ids in and out")
+    reasoning_parser: Literal["auto", "none", "qwen3"] = _option(
+        "auto", "how thoughts in an answer are told from it; auto is what the chat template shows"
+    )
+    tool_call_parser: Literal["auto", "none", "hermes"] = _option(
+        "auto",
+        "how function calls are found in an answer; hermes is Qwen3's form; auto is what the chat template shows",
+    )
     max_model_len: Annotated[int, Meta(ge=2)] | None = _option(
         None, "longest sequence, prompt and answer; default: the model's, bounded by the cache"
     )

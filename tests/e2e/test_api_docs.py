@@ -1,7 +1,7 @@
 """Everything in docs/api.md works as it is written there.
 
 A section's examples are run against the engine that all share, or, where the section has a `python launch.py` line, one
-started by it. A JSON block behind a curl command is what it answers.
+started by it. A JSON block behind a curl command is what it answers, a text block what the code before it prints.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def test_the_examples_of_a_section_run(
     for language, code in BLOCK.findall(SECTIONS[title]):
         if language == "json":
             assert json.loads(answer) == json.loads(code)
+        elif language == "text":
+            assert answer == code
         elif code.startswith("python launch.py"):
             started = start_engine("--port", "0", *shlex.split(code.removeprefix("python launch.py")))
             # The log may be JSON, so it is the address that is waited for, as whoever reads the log would.

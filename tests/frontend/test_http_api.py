@@ -26,6 +26,7 @@ from tests.frontend.conftest import (
 
 TOKENIZER = make_tokenizer()
 HELLO = [{"role": "user", "content": "Größe 🙂"}]
+TOOL = {"type": "function", "function": {"name": "f"}}
 # What the fake core answers to it: the rendered prompt without its special tokens.
 ECHO = "user\nGröße 🙂"
 
@@ -240,7 +241,18 @@ def test_models_and_health(client: openai.OpenAI, http: httpx.Client) -> None:
         ({"logprobs": True}, "logprobs", "got True"),
         ({"logprobs": 0}, "logprobs", "false or null, got 0"),
         ({"presence_penalty": 0.5}, "presence_penalty", "got 0.5"),
-        ({"tool_choice": "required"}, "tool_choice", "got 'required'"),
+        ({"tool_choice": "required"}, "tool_choice", "needs tools"),
+        ({"tool_choice": "required", "tools": [TOOL]}, "tool_choice", "got 'required'"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [TOOL]}, "tool_choice", "got 'f'"),
+        ({"tool_choice": "any"}, "tool_choice", '"any"'),
+        ({"tools": [{"type": "web_search"}]}, "tools", "tools[0].type must be 'function', got 'web_search'"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "both be true"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages",
+            "text part, got 'image_url'",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages", "got 'input_audio'"),
         ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "got {'5': 1}"),
         ({"min_p": 1.1}, "min_p", "between 0 and 1, got 1.1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -156,6 +157,9 @@ def test_token_counts_are_told_apart_up_to_the_context(most: int, bounds: list[f
     assert RequestMetrics(most).prompt_tokens.counts().bounds == bounds
 
 
+TOOL = {"type": "function", "function": {"name": "look"}}
+
+
 # --- tokenization ---------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +185,7 @@ def test_special_tokens_are_tokenized_as_such_and_kept_on_the_way_back(http: htt
         ({}, RENDERED + "<|im_start|>assistant\n"),
         ({"add_generation_prompt": False}, RENDERED),
         ({"chat_template_kwargs": {"thinking": False}}, RENDERED + "<|im_start|>assistant\n<think></think>"),
-        ({"tools": [{"x": 1}]}, '<|im_start|>tools\n{"x": 1}\n<|im_end|>\n' + RENDERED + "<|im_start|>assistant\n"),
+        ({"tools": [TOOL]}, f"<|im_start|>tools\n{json.dumps(TOOL)}\n<|im_end|>\n{RENDERED}<|im_start|>assistant\n"),
     ],
 )
 def test_a_chat_is_tokenized_as_it_would_be_answered(

@@ -105,6 +105,27 @@ def test_renders_conversations_as_transformers(tokenizer: Tokenizer, reference, 
     assert tokenizer.render_chat(messages, tools, options) == expected
 
 
+@pytest.mark.parametrize("directory", ["bundled"], indirect=True)
+@pytest.mark.parametrize("content", ["It is", "<think>\nLet me see", "<think>\nSeen.\n</think>\n\nIt is"])
+def test_continues_a_final_message_as_transformers(tokenizer: Tokenizer, reference, content: str) -> None:
+    messages = [{"role": "user", "content": "How big?"}, {"role": "assistant", "content": content}]
+    expected = reference.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert tokenizer.render_chat(messages, None, {"continue_final_message": True}) == expected
+    assert expected.endswith(content)
+
+
+def test_a_final_message_is_continued_right_where_it_ends() -> None:
+    template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}", {})
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text", "text": "b \n"}]}]
+    assert template.render(messages, None, {"continue_final_message": True}) == "<user>a</><assistant>b \n"
+
+
+def test_a_final_message_that_is_not_rendered_cannot_be_continued() -> None:
+    with pytest.raises(InvalidRequestError, match="leaves out") as caught:
+        ChatTemplate("fixed", {}).render(CONVERSATIONS[0], None, {"continue_final_message": True})
+    assert caught.value.param == "continue_final_message"
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -16,6 +16,15 @@ WEATHER = {
     },
 }
 
+TIME = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "description": "Get the time in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
 
 def ask(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
