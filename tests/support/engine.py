@@ -14,11 +14,11 @@ from core.engine import PIPELINE_DEPTH, scheduler_config
 from core.scheduler import Scheduler
 from core.step_time import StepTimeModel
 from protocol.config import EngineConfig, make_options
-from protocol.messages import AddRequest, StepOutputs, StepResult, pack_ints, unpack_ints
+from protocol.messages import AddRequest, StepOutputs, pack_ints, unpack_ints
 from protocol.resolve import resolve
 from protocol.sampling import SamplingParams
 from worker.main import make_runner
-from worker.runner import PendingTokens
+from worker.step_results import PendingTokens
 
 
 def make_config(model: Path | str, **options: Any) -> EngineConfig:
@@ -70,6 +70,6 @@ class InProcessEngine:
             if not pending:
                 return
             done = pending.popleft()
-            effects = self.scheduler.apply(StepResult(done.step_id, done.epoch, done.tobytes()))
+            effects = self.scheduler.apply(done.result())
             for _, message in effects.messages(0):
                 yield message
