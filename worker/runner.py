@@ -236,7 +236,6 @@ class StepRunner:
             self.program.forward(ForwardShape(decode, rows, tokens, rows, max(prefill, 1), tokens))
         for variant in SamplingVariant:
             self.program.head(1, variant)
-        self._measure_largest()
         self._sent_decode_rows = None
 
     def capture_graphs(
