@@ -67,7 +67,7 @@ class Service:
             engine, model=self.config.model_name, has_tokenizer=self.tokenizer is not None
         )
         self.prompts = Prompts(self.tokenizer, self.engine, self._executor)
-        self.requests = RequestTable(self.core, self.tokenizer)
+        self.requests = RequestTable(self.core, self.tokenizer, self.engine.vocab_size)
         self.state = "ready"
 
     async def _load_tokenizer(self) -> Tokenizer | None:

@@ -50,6 +50,7 @@ class SlotEdits:
         known = unpack_ints(admitted.token_ids)
         prompt, generated = np.split(known, [admitted.num_prompt_tokens])
         suppressed, biases = unpack_ints(edits.suppressed_ids), unpack_floats(edits.biases)
+        suppressed = suppressed[suppressed < self._vocab_size]  # a model may name an end that its vocabulary lacks
         bias_ids = np.concatenate([suppressed, unpack_ints(edits.bias_ids)])
         biases = np.concatenate([np.full(len(suppressed), -np.inf, np.float32), biases])
         words = np.full((len(edits.bad_words), WORD_TOKENS), -1, np.int32)

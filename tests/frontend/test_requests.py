@@ -337,7 +337,7 @@ class _Counter:
 
 
 async def test_rows_without_text_cost_about_a_microsecond() -> None:
-    table = RequestTable(_NoLink(), None)  # type: ignore[arg-type]
+    table = RequestTable(_NoLink(), None, 640)  # type: ignore[arg-type]
     sink = _Counter()
     params = SamplingParams(max_tokens=1000, detokenize=False)
     ids = [table.submit([1], params, sink, tag, stream=True).core_id for tag in range(512)]
