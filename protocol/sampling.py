@@ -41,7 +41,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True)
         repetition_penalty: the logit of each token of the prompt and of those generated is divided by this if it is
             positive, else multiplied; above 0, 1 changes nothing.
         logit_bias: token id to what is added to its logit, -100 to 100. Stored as pairs.
-        bad_words: strings that are not generated, with or without a space before them.
+        bad_words: strings that are not generated, with or without a space before them, as the tokens that the
+            tokenizer makes of them; other tokens may still spell one.
         allowed_token_ids: the only tokens that may be generated; None allows all.
         n: answers to give, 1 to 128. Seeds of the others are made from that of the first, see `choice`.
         max_tokens: most tokens to generate, at least 1; None means up to the context length.
