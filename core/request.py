@@ -27,15 +27,18 @@ class Request:
 
     __slots__ = (
         "arrival",
+        "bad_words",
         "block_ids",
         "digests",
         "frontend_index",
+        "is_measuring",
         "num_cached_tokens",
         "num_in_flight",
         "num_prompt_tokens",
         "params",
         "phase",
         "priority",
+        "prompt_is_measured",
         "queued_at",
         "request_id",
         "root",
@@ -50,6 +53,7 @@ class Request:
         self.frontend_index = frontend_index
         self.request_id = message.request_id
         self.params = message.params
+        self.bad_words = message.bad_words
         self.priority = message.priority
         self.arrival = arrival
         self.root = root_digest(message.cache_salt)
@@ -68,6 +72,9 @@ class Request:
         self.num_cached_tokens = 0  # prompt tokens that its first admission found in the prefix cache
         self.was_admitted = False
         self.queued_at: float | None = None  # until it is admitted for the first time
+        # Whether the log-probabilities of the prompt have come back, if they are wanted.
+        self.prompt_is_measured = message.params.prompt_logprobs is None
+        self.is_measuring = False  # whether the slot it is in was told to
 
     @property
     def key(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from core.block_pool import BlockPool
+from core.logit_edits import logit_edits
 from core.prefix_cache import PrefixCache, extend_digests
 from core.request import Phase, Request
 from core.results import StepEffects
@@ -44,12 +45,16 @@ class SchedulerConfig:
 
 @dataclass(slots=True)
 class StepInFlight:
-    """Whose tokens a step will bring back: its sampling rows, in order, and the slots' generations when it was sent."""
+    """Whose tokens a step will bring back: its sampling rows, in order, and the slots' generations when it was sent.
+
+    `measured` are the requests whose prompts it measures, in order, with whether that is the end of the prompt.
+    """
 
     step_id: int
     slots: np.ndarray
     generations: np.ndarray
     work: StepWork
+    measured: list[tuple[Request, bool]]
     detached: dict[int, Request] = field(default_factory=dict)  # rows of requests preempted since
 
 
@@ -58,6 +63,7 @@ class PrefillChunks:
     slots: list[int] = field(default_factory=list)
     lens: list[int] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
+    measured: list[tuple[Request, bool]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -177,7 +183,8 @@ class Scheduler:
             sampling = [slot for slot, samples in zip(chunks.slots, chunks.samples, strict=True) if samples]
             rows = np.concatenate([decode_slots, np.array(sampling, np.int64)])
         work = StepWork(context, budget.num_tokens, budget.num_pairs)
-        self._in_flight.append(StepInFlight(step.step_id, rows, self.table.generation[rows], work))
+        generations = self.table.generation[rows]
+        self._in_flight.append(StepInFlight(step.step_id, rows, generations, work, chunks.measured))
         self._sent_decode_slots = decode_slots
         self._released_slots = []
         self._num_steps += 1
@@ -296,8 +303,11 @@ class Scheduler:
             self._prefill(request, length, chunks)
 
     def _find_cached_blocks(self, request: Request) -> list[int]:
-        """Blocks that hold the beginning of the request's tokens; never the last token, whose logits are needed."""
-        if not self.config.enable_prefix_caching:
+        """Blocks that hold the beginning of the request's tokens; never the last token, whose logits are needed.
+
+        A prompt that is to be measured needs the logits of every token.
+        """
+        if not self.config.enable_prefix_caching or not request.prompt_is_measured:
             return []
         block_size = self.config.block_size
         most = (len(request.token_ids) - 1) // block_size
@@ -309,13 +319,14 @@ class Scheduler:
         if not request.was_admitted:
             request.was_admitted = True
             request.num_cached_tokens = num_cached_tokens
-            if self.config.enable_prefix_caching:
+            if self.config.enable_prefix_caching and request.prompt_is_measured:
                 self.cache.num_queries += request.num_prompt_tokens
                 self.cache.num_hits += num_cached_tokens
         slot = self.table.assign(request, num_cached_tokens, num_cached_blocks)
         insort(self._running, request, key=lambda r: r.order)
         self._set_phase(request, Phase.PREFILLING)
         params = request.params
+        request.is_measuring = not request.prompt_is_measured
         return AdmittedSlot(
             slot=slot,
             token_ids=pack_ints(request.token_ids),
@@ -327,6 +338,9 @@ class Scheduler:
             top_p=params.top_p,
             min_p=params.min_p,
             seed=request.seed,
+            edits=logit_edits(request, self.config.eos_token_ids),
+            num_logprobs=params.logprobs,
+            num_prompt_logprobs=params.prompt_logprobs if request.is_measuring else None,
         )
 
     def _prefill(self, request: Request, length: int, chunks: PrefillChunks) -> None:
@@ -338,6 +352,8 @@ class Scheduler:
         chunks.slots.append(slot)
         chunks.lens.append(length)
         chunks.samples.append(samples)
+        if request.is_measuring:
+            chunks.measured.append((request, int(table.num_computed[slot]) >= request.num_prompt_tokens))
         self._register_blocks(slot)
         if samples:
             self._set_phase(request, Phase.DECODING if known + 1 < request.total_limit else Phase.DRAINING)
@@ -373,17 +389,23 @@ class Scheduler:
         if self.step_time is not None and seconds is not None:
             self.step_time.observe(step.work, seconds)
         tokens = unpack_ints(result.token_ids)
-        effects = StepEffects()
+        effects = StepEffects(result.logprobs)
+        for (request, is_end), tokens_of_prompt in zip(step.measured, result.prompt_logprobs, strict=True):
+            if request.phase is not Phase.FINISHED:
+                request.prompt_is_measured |= is_end
+                effects.add_prompt_logprobs(request, tokens_of_prompt)
         live = self.table.generation[step.slots] == step.generations
         if live.all():
             self._apply_rows(step.slots, tokens, effects)
         else:
-            self._apply_rows(step.slots[live], tokens[live], effects)
+            self._apply_rows(step.slots[live], tokens[live], effects, np.flatnonzero(live))
         for row, request in step.detached.items():
-            self._apply_detached(request, int(tokens[row]), effects)
+            self._apply_detached(request, int(tokens[row]), row, effects)
         return effects
 
-    def _apply_rows(self, slots: np.ndarray, tokens: np.ndarray, effects: StepEffects) -> None:
+    def _apply_rows(
+        self, slots: np.ndarray, tokens: np.ndarray, effects: StepEffects, rows: np.ndarray | None = None
+    ) -> None:
         table = self.table
         positions = table.num_known[slots]
         table.token_ids[slots, positions] = tokens
@@ -401,13 +423,14 @@ class Scheduler:
             for slot in slots[full > table.num_registered[slots]].tolist():
                 self._register_blocks(slot)
         sound = ~failed
-        effects.add_rows(table.frontend[slots], table.request_id[slots], tokens, sound if failed.any() else None)
+        keep = sound if failed.any() else None
+        effects.add_rows(table.frontend[slots], table.request_id[slots], tokens, keep, rows)
         for row in np.flatnonzero(ended).tolist():
             request = table.requests[slots[row]]
             assert request is not None
             self._end_if_done(request, int(tokens[row]), int(positions[row]) + 1, effects)
 
-    def _apply_detached(self, request: Request, token: int, effects: StepEffects) -> None:
+    def _apply_detached(self, request: Request, token: int, row: int, effects: StepEffects) -> None:
         request.num_in_flight -= 1
         if request.phase is Phase.FINISHED:
             return
@@ -415,7 +438,7 @@ class Scheduler:
             request.append(token)
             self._num_waiting_tokens += 1
             self._counts["generation_tokens"] += 1
-            effects.add_row(request.frontend_index, request.request_id, token)
+            effects.add_row(request.frontend_index, request.request_id, token, row)
         self._end_if_done(request, token, len(request.token_ids), effects)
 
     def _end_if_done(self, request: Request, token: int, num_tokens: int, effects: StepEffects) -> None:
@@ -424,13 +447,14 @@ class Scheduler:
         if token < 0:
             for digest in request.digests:
                 self.cache.forget_digest(digest)
-            effects.fail(request, "the model's output is not a number (NaN): the weights may be damaged")
+            effects.fail(request, _why_no_token(request))
             self._finish(request)
             self._counts["finished"] += 1
             return
-        if token in request.params.stop_token_ids:
+        may_stop = num_tokens - request.num_prompt_tokens >= request.params.min_tokens
+        if may_stop and token in request.params.stop_token_ids:
             reason, stop_reason = "stop", token
-        elif token in self.config.eos_token_ids and not request.params.ignore_eos:
+        elif may_stop and token in self.config.eos_token_ids and not request.params.ignore_eos:
             reason = "stop"
         elif num_tokens >= request.total_limit:
             reason = "length"
@@ -484,3 +508,13 @@ class Scheduler:
         else:
             self._num_waiting_tokens -= len(request.token_ids)
         request.phase = Phase.FINISHED
+
+
+def _why_no_token(request: Request) -> str:
+    params = request.params
+    if not request.bad_words and params.allowed_token_ids is None and not params.min_tokens:
+        return "the model's output is not a number (NaN): the weights may be damaged"
+    return (
+        "no token can be drawn: either bad_words, allowed_token_ids and min_tokens together leave none, "
+        "or the model's output is not a number (NaN)"
+    )

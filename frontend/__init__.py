@@ -8,7 +8,7 @@ Importing this package imports neither torch nor the server.
 from frontend.async_client import AsyncClient
 from frontend.client import Client
 from frontend.llm import LLM
-from frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
+from frontend.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk
 from protocol.errors import (
     ConfigError,
     EngineError,
@@ -27,6 +27,7 @@ __all__ = [
     "EngineError",
     "EngineUnavailableError",
     "InvalidRequestError",
+    "Logprob",
     "RequestFailedError",
     "RequestMetrics",
     "RequestOutput",

@@ -25,10 +25,12 @@ from frontend.client_request import (
     as_prompts,
     check_options,
     params_for_each,
+    wait_for_any,
 )
 from frontend.outputs import RequestOutput, StreamChunk
 from protocol.address import default_address, is_engine_running
 from protocol.errors import EngineUnavailableError, InvalidRequestError
+from protocol.logprobs import unpack_logprobs
 from protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -202,6 +204,15 @@ class AsyncClient:
                 request.metrics.token_times.append(now)
                 if request.waiter is not None and not request.waits_for_end:
                     touched[request_id] = request
+        for table in outputs.logprobs:
+            for row, measured in unpack_logprobs(table):
+                request = requests.get(ids[row])
+                if request is not None:
+                    request.logprobs.append(measured)
+        for stretch in outputs.prompt_logprobs:
+            request = requests.get(stretch.request_id)
+            if request is not None:
+                request.prompt_logprobs.append(stretch.tokens)
         for request_id, text in outputs.texts:
             request = requests.get(request_id)
             if request is not None:
@@ -219,10 +230,24 @@ class AsyncClient:
 
     def _submit(
         self, prompt: Prompt, params: SamplingParams, stream: bool, options: Mapping[str, Any]
-    ) -> ClientRequest:
+    ) -> list[ClientRequest]:
+        """Sends a request for each answer that is wanted."""
         check_options(**options)
+        requests: list[ClientRequest] = []
+        try:
+            for index in range(params.n):
+                requests.append(self._submit_choice(prompt, params, index, stream, options))
+        except BaseException:
+            self._abort([request.request_id for request in requests])
+            raise
+        return requests
+
+    def _submit_choice(
+        self, prompt: Prompt, params: SamplingParams, index: int, stream: bool, options: Mapping[str, Any]
+    ) -> ClientRequest:
+        params = params.choice(index)
         ids = unpack_ints(prompt.token_ids).tolist() if isinstance(prompt, TokenPrompt) else []
-        request = ClientRequest(next(self._request_ids), prompt, ids, time.perf_counter())
+        request = ClientRequest(next(self._request_ids), prompt, params, ids, time.perf_counter(), index)
         generate = Generate(request.request_id, prompt, params, stream, **options)
         try:
             frame = encode(generate)
@@ -298,6 +323,7 @@ class AsyncClient:
     ) -> AsyncIterator[StreamChunk]:
         """Answers one prompt or conversation piece by piece. Leaving the iteration early aborts the request.
 
+        Several answers (`n`) come side by side; a chunk says of which it is.
         `tools` and `chat_template_kwargs` go with a conversation, as in `chat`. Raises as `generate` does.
         """
         wire: Prompt
@@ -309,21 +335,22 @@ class AsyncClient:
                     raise InvalidRequestError(f"{name} can only go with a conversation, not with a prompt", name)
             wire = as_prompt(prompt)  # type: ignore[arg-type]
         options = {"priority": priority, "cache_salt": cache_salt}
-        request = self._submit(wire, params_for_each(sampling_params, 1)[0], True, options)
+        running = self._submit(wire, params_for_each(sampling_params, 1)[0], True, options)
         try:
-            while True:
-                if not request.is_over and request.taken == len(request.token_ids):
-                    await request.wait()
-                chunk = request.take_chunk()
-                if chunk.text or chunk.token_ids or chunk.finish_reason:
-                    yield chunk
-                elif request.error is not None:
-                    # Only when all that came before it has been handed out.
-                    raise request.error
-                if chunk.finish_reason is not None:
-                    return
+            while running:
+                if not any(request.is_over or request.taken < len(request.token_ids) for request in running):
+                    await wait_for_any(running)
+                for request in running.copy():
+                    chunk = request.take_chunk()
+                    if chunk.text or chunk.token_ids or chunk.finish_reason:
+                        yield chunk
+                    elif request.error is not None:
+                        # Only when all that came before it has been handed out.
+                        raise request.error
+                    if chunk.finish_reason is not None:
+                        running.remove(request)
         finally:
-            self._abort([request.request_id])
+            self._abort([request.request_id for request in running])
 
     async def run_request(
         self,
@@ -337,7 +364,7 @@ class AsyncClient:
 
         `token_times` is where the times go, for a caller who looks at them while the request runs.
         """
-        request = self._submit(as_prompt(prompt), sampling_params, stream, {})
+        [request] = self._submit(as_prompt(prompt), sampling_params.choice(0), stream, {})
         if token_times is not None:
             request.metrics.token_times = token_times
         return await self._finish(request)
@@ -369,13 +396,16 @@ class AsyncClient:
         options: Mapping[str, Any],
     ) -> list[RequestOutput]:
         params = params_for_each(sampling_params, len(prompts))
+        choices: list[list[ClientRequest]] = []  # by prompt
         requests: list[ClientRequest] = []
         num_tokens = 0
         start = time.perf_counter()
         try:
             for prompt, each in zip(prompts, params, strict=True):
-                requests.append(self._submit(prompt, each, False, options))
-                requests[-1].siblings = requests
+                choices.append(self._submit(prompt, each, False, options))
+                requests += choices[-1]
+                for request in choices[-1]:
+                    request.siblings = requests
             # In order of arrival, which is about the order of finishing; what finished earlier is counted at once.
             with tqdm(total=len(requests), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 for request in requests:
@@ -386,7 +416,7 @@ class AsyncClient:
                     num_tokens += len(request.token_ids)
                     bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tok/s", refresh=False)
                     bar.update()
-            return [request.output() for request in requests]
+            return [first.output(others) for first, *others in choices]
         finally:
             self._abort([request.request_id for request in requests])
             for request in requests:

@@ -9,8 +9,16 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from frontend.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
+from frontend.outputs import (
+    CompletionOutput,
+    PositionLogprobs,
+    RequestMetrics,
+    RequestOutput,
+    StreamChunk,
+    position_logprobs,
+)
 from protocol.errors import EngineError, EngineUnavailableError, InvalidRequestError, RequestFailedError
+from protocol.logprobs import TokenLogprob, TokenLogprobs, unpack_logprobs
 from protocol.messages import ChatPrompt, Failed, Finished, Prompt, TextPrompt, TokenPrompt, pack_ints
 from protocol.sampling import SamplingParams
 
@@ -19,13 +27,17 @@ Conversation: TypeAlias = "Sequence[Mapping[str, Any]]"
 
 
 class ClientRequest:
-    """One request in flight. Used from the client's event loop only."""
+    """One request in flight, which is one answer. Used from the client's event loop only."""
 
     __slots__ = (
         "error",
         "finished",
+        "index",
+        "logprobs",
         "metrics",
+        "params",
         "prompt",
+        "prompt_logprobs",
         "prompt_token_ids",
         "request_id",
         "siblings",
@@ -36,12 +48,24 @@ class ClientRequest:
         "waits_for_end",
     )
 
-    def __init__(self, request_id: int, prompt: Prompt, prompt_token_ids: list[int], arrival_time: float) -> None:
+    def __init__(
+        self,
+        request_id: int,
+        prompt: Prompt,
+        params: SamplingParams,
+        prompt_token_ids: list[int],
+        arrival_time: float,
+        index: int = 0,
+    ) -> None:
         self.request_id = request_id
         self.prompt = prompt
+        self.params = params
+        self.index = index  # which answer to the prompt
         self.prompt_token_ids = prompt_token_ids
         self.token_ids: list[int] = []
         self.text_parts: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.finished: Finished | None = None
         self.error: EngineError | None = None
         self.metrics = RequestMetrics(arrival_time)
@@ -60,11 +84,7 @@ class ClientRequest:
 
     async def wait(self) -> None:
         """Until `wake`."""
-        self.waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self.waiter
-        finally:
-            self.waiter = None
+        await wait_for_any([self])
 
     def fail(self, failed: Failed) -> None:
         """Ends this request and its siblings with the error, and wakes who waits for one of them."""
@@ -83,7 +103,10 @@ class ClientRequest:
 
     def take_chunk(self) -> StreamChunk:
         """What is new since the last chunk."""
-        chunk = StreamChunk("".join(self.text_parts), self.token_ids[self.taken :])
+        chunk = StreamChunk("".join(self.text_parts), self.token_ids[self.taken :], index=self.index)
+        chunk.logprobs = self._logprobs_from(self.taken)
+        if not self.taken:
+            chunk.prompt_logprobs = self._measured_prompt()
         self.taken = len(self.token_ids)
         self.text_parts = []
         if self.finished is not None:
@@ -91,23 +114,61 @@ class ClientRequest:
             chunk.stop_reason = self.finished.stop_reason
         return chunk
 
-    def output(self) -> RequestOutput:
-        """The result. Raises what went wrong, if something did."""
+    def _logprobs_from(self, start: int) -> list[PositionLogprobs] | None:
+        if self.params.logprobs is None:
+            return None
+        return list(map(position_logprobs, self.token_ids[start:], self.logprobs[start:]))
+
+    def _measured_prompt(self) -> list[PositionLogprobs | None] | None:
+        if self.params.prompt_logprobs is None:
+            return None
+        measured: list[PositionLogprobs | None] = [None] * len(self.prompt_token_ids)
+        for stretch in self.prompt_logprobs:
+            for position, entry in unpack_logprobs(stretch):
+                measured[position] = position_logprobs(self.prompt_token_ids[position], entry)
+        return measured
+
+    def answer(self) -> CompletionOutput:
+        """The answer. Raises what went wrong, if something did."""
         if self.error is not None:
             raise self.error
         assert self.finished is not None
-        answer = CompletionOutput(
-            0, "".join(self.text_parts), self.token_ids, self.finished.reason, self.finished.stop_reason
+        return CompletionOutput(
+            self.index,
+            "".join(self.text_parts),
+            self.token_ids,
+            self.finished.reason,
+            self.finished.stop_reason,
+            self._logprobs_from(0),
+            None if self.params.logprobs is None else sum((measured.logprob for measured in self.logprobs), 0.0),
         )
+
+    def output(self, others: Sequence[ClientRequest] = ()) -> RequestOutput:
+        """The result, with other answers to the prompt. Raises what went wrong, if something did."""
+        answers = [request.answer() for request in (self, *others)]
+        assert self.finished is not None
         return RequestOutput(
             request_id=str(self.request_id),
             prompt=self.prompt.text if isinstance(self.prompt, TextPrompt) else None,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[answer],
+            outputs=answers,
             finished=True,
             metrics=self.metrics,
             num_cached_tokens=self.finished.num_cached_tokens,
+            prompt_logprobs=self._measured_prompt(),
         )
+
+
+async def wait_for_any(requests: Sequence[ClientRequest]) -> None:
+    """Until one of them is woken."""
+    waiter = asyncio.get_running_loop().create_future()
+    for request in requests:
+        request.waiter = waiter
+    try:
+        await waiter
+    finally:
+        for request in requests:
+            request.waiter = None
 
 
 def as_prompts(prompts: PromptInput | Sequence[PromptInput]) -> list[Prompt]:

@@ -17,6 +17,7 @@ from frontend.prompts import RenderedPrompt, is_long
 from frontend.requests import RunningRequest
 from frontend.service import Service
 from protocol.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from protocol.logprobs import PromptLogprobs, TokenLogprob, pack_logprobs
 from protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
@@ -61,8 +62,14 @@ class ClientConnection:
         self._token_ids: list[int] = []
         self._texts: list[tuple[int, str]] = []
         self._finished: list[Finished] = []
+        self._logprobs: list[tuple[int, TokenLogprob]] = []
+        self._prompt_logprobs: list[PromptLogprobs] = []
 
     def add(self, request: RunningRequest, token_id: int, text: str) -> None:
+        if request.logprobs:
+            self._logprobs.append((len(self._token_ids), request.logprobs[-1]))
+        if len(request.token_ids) == 1:
+            self._add_prompt_logprobs(request)
         self._request_ids.append(request.tag)
         self._token_ids.append(token_id)
         if text:
@@ -70,12 +77,18 @@ class ClientConnection:
 
     def finish(self, request: RunningRequest, text: str, finished: Finished) -> None:
         if not request.stream:
+            self._logprobs += enumerate(request.logprobs, len(self._token_ids))
+            self._add_prompt_logprobs(request)
             self._request_ids += [request.tag] * len(request.token_ids)
             self._token_ids += request.token_ids
         if text:
             self._texts.append((request.tag, text))
         self.ended(finished)
         self.requests.pop(request.tag, None)
+
+    def _add_prompt_logprobs(self, request: RunningRequest) -> None:
+        if request.prompt_is_measured:
+            self._prompt_logprobs += [PromptLogprobs(request.tag, stretch) for stretch in request.prompt_logprobs]
 
     def ended(self, finished: Finished) -> None:
         self._finished.append(finished)
@@ -90,8 +103,16 @@ class ClientConnection:
         """Sends what has gathered since the last time, as one message."""
         if not self._request_ids and not self._finished:
             return
-        outputs = Outputs(pack_ints(self._request_ids, "<i8"), pack_ints(self._token_ids), self._texts, self._finished)
+        outputs = Outputs(
+            pack_ints(self._request_ids, "<i8"),
+            pack_ints(self._token_ids),
+            self._texts,
+            self._finished,
+            pack_logprobs(self._logprobs) if self._logprobs else [],
+            self._prompt_logprobs,
+        )
         self._request_ids, self._token_ids, self._texts, self._finished = [], [], [], []
+        self._logprobs, self._prompt_logprobs = [], []
         self._server.send(self, outputs)
 
 
@@ -195,7 +216,8 @@ class IpcServer:
                 task = self._loop.create_task(self._encode_and_submit(client, generate, rendered))
                 client.encoding[request_id] = task
             else:
-                self._submit(client, generate, self._service.prompts.encode(rendered))
+                truncate = generate.params.truncate_prompt_tokens
+                self._submit(client, generate, self._service.prompts.encode(rendered, truncate))
         except (InvalidRequestError, EngineUnavailableError) as error:
             self._fail(client, request_id, error)
 
@@ -204,7 +226,8 @@ class IpcServer:
     ) -> None:
         arrived = time.perf_counter()
         try:
-            token_ids = await self._service.prompts.encode_in_thread(rendered)
+            truncate = generate.params.truncate_prompt_tokens
+            token_ids = await self._service.prompts.encode_in_thread(rendered, truncate)
             self._service.require_ready()
             if self._is_here(client):
                 self._submit(client, generate, token_ids, arrived)
@@ -230,7 +253,7 @@ class IpcServer:
             arrival_time=arrived,
         )
         client.requests[generate.request_id] = request
-        if not isinstance(generate.prompt, TokenPrompt):
+        if not isinstance(generate.prompt, TokenPrompt) or params.truncate_prompt_tokens is not None:
             self.send(client, Started(generate.request_id, pack_ints(token_ids)))
 
     def _fail(

@@ -56,25 +56,34 @@ class Prompts:
             return RenderedPrompt(text, False, "messages")
         return unpack_ints(prompt.token_ids).tolist()
 
-    def encode(self, rendered: RenderedPrompt | list[int]) -> list[int]:
-        """Checked token ids of a rendered prompt, in this thread."""
+    def encode(self, rendered: RenderedPrompt | list[int], truncate: int | None = None) -> list[int]:
+        """Checked token ids of a rendered prompt, in this thread; only the last `truncate` of them, if that is given,
+        or for -1 as many as leave room for an answer of one."""
         if isinstance(rendered, list):
-            return self.check(rendered, "prompt")
+            return self.check(self._truncated(rendered, truncate), "prompt")
         tokenizer = self._require_tokenizer(rendered.param)
-        return self.check(tokenizer.encode(rendered.text, rendered.add_special_tokens), rendered.param)
+        token_ids = tokenizer.encode(rendered.text, rendered.add_special_tokens)
+        return self.check(self._truncated(token_ids, truncate), rendered.param)
 
-    async def encode_in_thread(self, rendered: RenderedPrompt | list[int]) -> list[int]:
+    def _truncated(self, token_ids: list[int], truncate: int | None) -> list[int]:
+        if truncate is None:
+            return token_ids
+        return token_ids[-(self._max_model_len - 1 if truncate == -1 else truncate) :]
+
+    async def encode_in_thread(self, rendered: RenderedPrompt | list[int], truncate: int | None = None) -> list[int]:
         """The same in another thread, for prompts that are long."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self.encode, rendered)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self.encode, rendered, truncate)
 
-    async def token_ids(self, prompt: Prompt | list[int]) -> list[int]:
-        """Checked token ids of a prompt, without making the event loop wait for a long one.
+    async def token_ids(self, prompt: Prompt | list[int], truncate: int | None = None) -> list[int]:
+        """Checked token ids of a prompt, without making the event loop wait for a long one. Cut as in `encode`.
 
         Raises:
             InvalidRequestError: the prompt cannot be served.
         """
         rendered = prompt if isinstance(prompt, list) else self.render(prompt)
-        return await self.encode_in_thread(rendered) if is_long(rendered) else self.encode(rendered)
+        if is_long(rendered):
+            return await self.encode_in_thread(rendered, truncate)
+        return self.encode(rendered, truncate)
 
     async def tokenize(self, prompt: TextPrompt | ChatPrompt, add_special_tokens: bool | None = None) -> list[int]:
         """A prompt's token ids, also of one that is too long to be served.

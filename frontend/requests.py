@@ -17,8 +17,10 @@ import msgspec
 from frontend.core_link import CoreLink
 from frontend.metrics import RequestMetrics
 from frontend.text_output import TextOutput
+from frontend.token_options import bad_word_ids, check_token_options
 from frontend.tokenizer import Tokenizer
 from protocol.errors import EngineUnavailableError, InvalidRequestError
+from protocol.logprobs import TokenLogprob, TokenLogprobs, unpack_logprobs
 from protocol.messages import AbortRequests, AddRequest, Failed, Finished, StepOutputs, pack_ints, unpack_ints
 from protocol.sampling import SamplingParams
 
@@ -30,7 +32,10 @@ class Sink(Protocol):
     """Receives the outputs of one or more requests. Calls of one step are followed by one `flush`."""
 
     def add(self, request: RunningRequest, token_id: int, text: str) -> None:
-        """A token of a streaming request, and the text that became final with it."""
+        """A token of a streaming request, and the text that became final with it.
+
+        The token is the request's last; so is the log-probability, if they are wanted. Those of the prompt are there.
+        """
         ...
 
     def finish(self, request: RunningRequest, text: str, finished: Finished) -> None:
@@ -51,6 +56,8 @@ class RunningRequest:
         core_id: its id towards the core.
         tag: its id towards the sink.
         token_ids: the tokens generated so far.
+        logprobs: what is known of each of them, if that is wanted.
+        prompt_logprobs: stretches of the prompt as they come, all of them before the first token.
         text: detokenizer and stop strings, or None if no text is needed before the end.
         text_parts: the text so far of a request that has stop strings and does not stream.
         arrival_time, last_token_time: of `time.perf_counter()`.
@@ -60,7 +67,9 @@ class RunningRequest:
         "arrival_time",
         "core_id",
         "last_token_time",
+        "logprobs",
         "params",
+        "prompt_logprobs",
         "prompt_token_ids",
         "sink",
         "stream",
@@ -90,18 +99,45 @@ class RunningRequest:
         self.stream = stream
         self.arrival_time = self.last_token_time = arrival_time
         self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.wants_text = params.detokenize and tokenizer is not None
         self.text: TextOutput | None = None
         self.text_parts: list[str] = []
         if tokenizer is not None and params.detokenize and (stream or params.stop):
-            self.text = TextOutput(tokenizer.detokenizer(params.skip_special_tokens), params.stop)
+            self.text = TextOutput(
+                tokenizer.detokenizer(params.skip_special_tokens),
+                params.stop,
+                include_stop=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+            )
+
+    @property
+    def prompt_is_measured(self) -> bool:
+        """Whether the prompt's log-probabilities are wanted and all there."""
+        if self.params.prompt_logprobs is None:
+            return False
+        return sum(stretch.num_rows for stretch in self.prompt_logprobs) == len(self.prompt_token_ids) - 1
+
+    def measured_prompt(self) -> list[TokenLogprob | None]:
+        """What is known of each token of the prompt, once all is there; nothing of the first."""
+        found = dict(entry for stretch in self.prompt_logprobs for entry in unpack_logprobs(stretch))
+        return [found.get(position) for position in range(len(self.prompt_token_ids))]
+
+    def add_prompt_logprobs(self, stretch: TokenLogprobs) -> None:
+        if self.token_ids:
+            return  # they have been handed out, and come again after a preemption
+        if unpack_ints(stretch.rows)[:1].tolist() == [1]:
+            self.prompt_logprobs = []  # from the beginning, again if the request was preempted in its prompt
+        self.prompt_logprobs.append(stretch)
 
 
 class RequestTable:
     """All running requests of this frontend."""
 
-    def __init__(self, core: CoreLink, tokenizer: Tokenizer | None, metrics: RequestMetrics) -> None:
+    def __init__(self, core: CoreLink, tokenizer: Tokenizer | None, vocab_size: int, metrics: RequestMetrics) -> None:
         self._core = core
+        self._vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._running: dict[int, RunningRequest] = {}
@@ -127,7 +163,9 @@ class RequestTable:
         cache_salt: str | None = None,
         arrival_time: float | None = None,
     ) -> RunningRequest:
-        """Hands a checked request to the core. It arrived at `arrival_time`, if it was not just now.
+        """Hands a checked request to the core. Each of several choices is one: see `SamplingParams.choice`.
+
+        It arrived at `arrival_time`, if it was not just now.
 
         Raises:
             InvalidRequestError: a field that only this place can check is wrong.
@@ -145,12 +183,17 @@ class RequestTable:
             raise InvalidRequestError(
                 "stop needs text, and the engine runs without a tokenizer (--skip-tokenizer-init)", "stop"
             )
+        if params.n != 1:
+            raise InvalidRequestError.out_of_range("n", params.n, "1 here: each choice is a request of its own")
+        check_token_options(params, len(prompt_token_ids), self._vocab_size)
+        bad_words = [pack_ints(ids) for ids in bad_word_ids(params.bad_words, self._tokenizer)]
         arrived = time.perf_counter() if arrival_time is None else arrival_time
         core_id = next(self._core_ids)
         request = RunningRequest(core_id, prompt_token_ids, params, sink, tag, stream, self._tokenizer, arrived)
         # Stop strings are found here: the core knows no text.
-        core_params = msgspec.structs.replace(params, stop=()) if params.stop else params
-        message = AddRequest(request.core_id, pack_ints(prompt_token_ids), core_params, priority, cache_salt)
+        core_params = msgspec.structs.replace(params, stop=(), bad_words=()) if params.stop or bad_words else params
+        prompt = pack_ints(prompt_token_ids)
+        message = AddRequest(request.core_id, prompt, core_params, priority, cache_salt, bad_words)
         if not self._core.send(message):
             raise EngineUnavailableError("the engine core does not take requests at the moment")
         self._running[request.core_id] = request
@@ -189,15 +232,18 @@ class RequestTable:
     def on_step(self, step: StepOutputs) -> None:
         """Distributes what one step produced. A request has at most one token in a step."""
         running = self._running
-        # The token that ended a request, an end-of-sequence or stop token, is not part of its text.
+        # The token that ended a request, an end-of-sequence or stop token, is not part of its text unless asked for.
         ended_by_token = {finished.request_id for finished in step.finished if finished.reason == "stop"}
+        for measured in step.prompt_logprobs:
+            if measured.request_id in running:
+                running[measured.request_id].add_prompt_logprobs(measured.tokens)
+        logprobs = dict(entry for table in step.logprobs for entry in unpack_logprobs(table))
         touched: set[Sink] = set()
         stopped: list[int] = []
         now = time.perf_counter()
         earlier_tokens: list[float] = []  # when each row's request had the token before this one
-        for core_id, token_id in zip(
-            unpack_ints(step.request_ids, "<i8").tolist(), unpack_ints(step.token_ids).tolist(), strict=True
-        ):
+        ids, tokens = unpack_ints(step.request_ids, "<i8").tolist(), unpack_ints(step.token_ids).tolist()
+        for row, (core_id, token_id) in enumerate(zip(ids, tokens, strict=True)):
             request = running.get(core_id)
             if request is None:
                 continue
@@ -207,7 +253,11 @@ class RequestTable:
                 self._metrics.time_to_first_token.observe(now - request.arrival_time)
             request.last_token_time = now
             request.token_ids.append(token_id)
-            if request.text is not None and core_id not in ended_by_token:
+            if request.params.logprobs is not None:
+                request.logprobs.append(logprobs[row].narrowed(request.params.logprobs))
+            if request.text is not None and (
+                core_id not in ended_by_token or request.params.include_stop_str_in_output
+            ):
                 text = request.text.feed(token_id)
                 if request.stream:
                     request.sink.add(request, token_id, text)
@@ -251,7 +301,8 @@ class RequestTable:
             if request.text.stopped_by is not None:
                 reason, stop_reason = "stop", request.text.stopped_by
         elif request.wants_text and self._tokenizer is not None:
-            ids = request.token_ids[:-1] if reason == "stop" else request.token_ids
+            is_last_left_out = reason == "stop" and not request.params.include_stop_str_in_output
+            ids = request.token_ids[:-1] if is_last_left_out else request.token_ids
             parts.append(self._tokenizer.decode(ids, request.params.skip_special_tokens))
         self._count_end(request, reason)
         ended = Finished(request.tag, reason, stop_reason, finished.num_cached_tokens)

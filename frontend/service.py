@@ -81,7 +81,7 @@ class Service:
         )
         self.answer_format = answer_format(self.config.options, self.tokenizer)
         self.prompts = Prompts(self.tokenizer, self.engine, self._executor)
-        self.requests = RequestTable(self.core, self.tokenizer, self.metrics)
+        self.requests = RequestTable(self.core, self.tokenizer, self.engine.vocab_size, self.metrics)
         self.state = "ready"
 
     async def _load_tokenizer(self) -> Tokenizer | None:

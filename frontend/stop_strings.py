@@ -13,19 +13,21 @@ from collections.abc import Sequence
 class StopStrings:
     """Watches one answer.
 
-    The first stop string to be completed ends it; of several completed by the same character, the longest.
+    The first stop string to be completed ends it; of several completed by the same character, the longest. With
+    `include` it is the end of the text, without it is left out.
 
     Attributes:
         found: the stop string that ended the text, or None so far.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], include: bool = False) -> None:
         self._stop = sorted(stop)
+        self._include = include
         self._held = ""
         self.found: str | None = None
 
     def feed(self, text: str) -> str:
-        """The text that is now known to be before any stop string. Nothing comes after `found` is set."""
+        """The text that is now known to be part of the answer. Nothing comes after `found` is set."""
         if self.found is not None or not text:
             return ""
         text = self._held + text
@@ -33,7 +35,7 @@ class StopStrings:
         if match is not None:
             start, self.found = match
             self._held = ""
-            return text[:start]
+            return text[: start + len(self.found) * self._include]
         start = self._held_from(text)
         self._held = text[start:]
         return text[:start]

@@ -16,14 +16,21 @@ class TextOutput:
     stopped_by: the stop string that ended the text, or None so far.
     """
 
-    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str]) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer, stop: Sequence[str], *, include_stop: bool = False, min_tokens: int = 0
+    ) -> None:
+        """Stop strings are not looked for in the text of the first `min_tokens` tokens."""
         self._detokenizer = detokenizer
-        self._stop_strings = StopStrings(stop) if stop else None
+        self._stop_strings = StopStrings(stop, include_stop) if stop else None
+        self._num_unchecked = min_tokens
         self.stopped_by: str | None = None
 
     def feed(self, token_id: int) -> str:
         """The text that became final with this token."""
         text = self._detokenizer.feed(token_id)
+        if self._num_unchecked:
+            self._num_unchecked -= 1
+            return text
         return self._checked(text) if self._stop_strings is not None else text
 
     def flush(self) -> str:

@@ -1,7 +1,7 @@
 """Every message that crosses a process boundary, grouped by the arrow it travels on.
 
 Messages are msgspec Structs, tagged by class name and encoded as msgpack arrays. Integer arrays travel as raw
-little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a copy: see `pack_ints` and `unpack_ints`.
+little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a copy: see `protocol/arrays.py`.
 
     Python client ⇄ frontend     Hello Generate Abort Heartbeat GetStats | Welcome Refused Started Outputs Failed Stats
     frontend ⇄ core              CoreHello AddRequest AbortRequests GetStats | CoreReady StepOutputs Failed Stats
@@ -11,44 +11,23 @@ little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
-import numpy as np
 from msgspec import Meta, Struct
 
+from protocol.arrays import Int32Array, Int64Array, pack_ints, require_same_count, require_whole, unpack_ints
 from protocol.histogram import HistogramCounts
+from protocol.logit_edits import LogitEdits
+from protocol.logprobs import PromptLogprobs, TokenLogprobs
 from protocol.sampling import SamplingParams
 
-PROTOCOL_VERSION = 2
+__all__ = ["pack_ints", "unpack_ints"]
 
-Int32Array = bytes
-Int64Array = bytes
+PROTOCOL_VERSION = 3
+
 FinishReason = Literal["stop", "length", "abort"]
 Count = Annotated[int, Meta(ge=0)]
-
-
-def pack_ints(values: Sequence[int] | np.ndarray, dtype: str = "<i4") -> bytes:
-    """Raw little-endian bytes of a one-dimensional integer sequence."""
-    return np.ascontiguousarray(values, dtype=dtype).tobytes()
-
-
-def unpack_ints(data: bytes, dtype: str = "<i4") -> np.ndarray:
-    """Read-only view of `pack_ints` bytes, without a copy."""
-    return np.frombuffer(data, dtype=dtype)
-
-
-def _require_whole(message: Struct, names: Sequence[str], itemsize: int) -> None:
-    for name in names:
-        if len(getattr(message, name)) % itemsize:
-            raise ValueError(f"{name} must hold whole {itemsize * 8}-bit integers")
-
-
-def _require_same_count(message: Struct, *fields: tuple[str, int]) -> None:
-    counts = {name: len(getattr(message, name)) // itemsize for name, itemsize in fields}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"arrays differ in length: {counts}")
 
 
 class Message(Struct, array_like=True, tag=True, frozen=True):
@@ -133,7 +112,7 @@ class TokenPrompt(Message, frozen=True):
     token_ids: Int32Array
 
     def __post_init__(self) -> None:
-        _require_whole(self, ("token_ids",), 4)
+        require_whole(self, ("token_ids",), 4)
 
 
 class ChatPrompt(Message, frozen=True):
@@ -189,17 +168,21 @@ class Outputs(HotMessage, frozen=True):
     """A step's share of one client: token `i` belongs to request `request_ids[i]`, in order of generation.
 
     `texts` holds the text that became final for requests that want text; `finished` the requests that ended.
+    `logprobs` are of those of the tokens whose requests want them; their rows are indices into `token_ids`.
+    `prompt_logprobs` come with a request's first token, or with its end.
     """
 
     request_ids: Int64Array
     token_ids: Int32Array
     texts: list[tuple[int, str]] = []
     finished: list[Finished] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[PromptLogprobs] = []
 
     def __post_init__(self) -> None:
-        _require_whole(self, ("request_ids",), 8)
-        _require_whole(self, ("token_ids",), 4)
-        _require_same_count(self, ("request_ids", 8), ("token_ids", 4))
+        require_whole(self, ("request_ids",), 8)
+        require_whole(self, ("token_ids",), 4)
+        require_same_count(self, ("request_ids", 8), ("token_ids", 4))
 
 
 ErrorKind = Literal["invalid_request", "unavailable", "failed"]
@@ -234,37 +217,47 @@ class CoreReady(Message, frozen=True):
 
 
 class AddRequest(Message, frozen=True):
-    """A checked and tokenized request. `request_id` is unique within the frontend that sends it."""
+    """A checked and tokenized request. `request_id` is unique within the frontend that sends it.
+
+    `bad_words` are the token sequences of the words that must not be generated: the core knows no text.
+    """
 
     request_id: int
     prompt_token_ids: Int32Array
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    bad_words: list[Int32Array] = []
 
     def __post_init__(self) -> None:
-        _require_whole(self, ("prompt_token_ids",), 4)
+        require_whole(self, ("prompt_token_ids",), 4)
 
 
 class AbortRequests(Message, frozen=True):
     request_ids: Int64Array
 
     def __post_init__(self) -> None:
-        _require_whole(self, ("request_ids",), 8)
+        require_whole(self, ("request_ids",), 8)
 
 
 class StepOutputs(HotMessage, frozen=True):
-    """All that one step produced for one frontend: one row a sampled token, and the requests that ended."""
+    """All that one step produced for one frontend: one row a sampled token, and the requests that ended.
+
+    `logprobs` as in `Outputs`. `prompt_logprobs` come as the prompt is computed, stretch by stretch; one that was
+    computed again after a preemption comes again.
+    """
 
     epoch: int
     request_ids: Int64Array
     token_ids: Int32Array
     finished: list[Finished] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[PromptLogprobs] = []
 
     def __post_init__(self) -> None:
-        _require_whole(self, ("request_ids",), 8)
-        _require_whole(self, ("token_ids",), 4)
-        _require_same_count(self, ("request_ids", 8), ("token_ids", 4))
+        require_whole(self, ("request_ids",), 8)
+        require_whole(self, ("token_ids",), 4)
+        require_same_count(self, ("request_ids", 8), ("token_ids", 4))
 
 
 FrontendToCore = CoreHello | AddRequest | AbortRequests | GetStats
@@ -278,6 +271,7 @@ class AdmittedSlot(Struct, array_like=True, frozen=True, gc=False):
 
     `token_ids` are all known tokens (prompt, and after a preemption the tokens generated so far), of which the first
     `num_prompt_tokens` are the prompt and the first `num_computed_tokens` are in the cache already.
+    `num_logprobs` and `num_prompt_logprobs` are as in `SamplingParams`.
     """
 
     slot: int
@@ -290,9 +284,12 @@ class AdmittedSlot(Struct, array_like=True, frozen=True, gc=False):
     top_p: float
     min_p: float
     seed: int
+    edits: LogitEdits | None = None
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _require_whole(self, ("token_ids", "block_ids"), 4)
+        require_whole(self, ("token_ids", "block_ids"), 4)
 
 
 class Step(HotMessage, frozen=True):
@@ -318,22 +315,29 @@ class Step(HotMessage, frozen=True):
 
     def __post_init__(self) -> None:
         arrays = ("released_slots", "new_block_slots", "new_block_positions", "new_block_ids")
-        _require_whole(self, (*arrays, "prefill_slots", "prefill_lens"), 4)
+        require_whole(self, (*arrays, "prefill_slots", "prefill_lens"), 4)
         if self.decode_slots is not None:
-            _require_whole(self, ("decode_slots",), 4)
-        _require_same_count(self, *((name, 4) for name in arrays[1:]))
-        _require_same_count(self, ("prefill_slots", 4), ("prefill_lens", 4), ("prefill_samples", 1))
+            require_whole(self, ("decode_slots",), 4)
+        require_same_count(self, *((name, 4) for name in arrays[1:]))
+        require_same_count(self, ("prefill_slots", 4), ("prefill_lens", 4), ("prefill_samples", 1))
 
 
 class StepResult(HotMessage, frozen=True):
-    """The tokens of a step's sampling rows, in row order. -1 means that the row's logits were not numbers."""
+    """The tokens of a step's sampling rows, in row order. -1 means that no token could be drawn: the row's logits were
+    not numbers, or none was left that may be drawn.
+
+    `logprobs` are of the tokens whose slots want them; their rows are indices into `token_ids`. `prompt_logprobs` has
+    an entry for each prefill row whose slot wants them, in row order; their rows are positions in the prompt.
+    """
 
     step_id: int
     epoch: int
     token_ids: Int32Array
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
     def __post_init__(self) -> None:
-        _require_whole(self, ("token_ids",), 4)
+        require_whole(self, ("token_ids",), 4)
 
 
 class WorkerReady(Message, frozen=True):

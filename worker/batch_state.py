@@ -10,11 +10,14 @@ import numpy as np
 import torch
 
 from protocol.messages import AdmittedSlot, Step, unpack_ints
+from worker.sampling_variant import variant_of
 
 # Steps whose staging buffers may still be read by the device. More than are ever in flight.
 RING_SIZE = 4
 # Per admitted slot: slot, cached length, top_k, temperature, top_p, min_p, seed low and high.
 _SCALARS_PER_SLOT = 8
+# Where a slot's number of log-probabilities is kept: it wants none. -1 is all.
+NO_LOGPROBS = -2
 
 
 class StagingRing:
@@ -74,8 +77,10 @@ class BatchState:
         # The host's own view, by slot.
         self.known_tokens: list[np.ndarray] = [np.empty(0, np.int32)] * num_slots
         self.host_lens = np.zeros(num_slots, np.int64)
-        self.host_temperature = np.zeros(num_slots, np.float32)
-        self.host_filters = np.zeros(num_slots, np.bool_)  # has a top-k, top-p or min-p
+        self.host_prompt_lens = np.zeros(num_slots, np.int64)
+        self.host_logprobs = np.full(num_slots, NO_LOGPROBS, np.int32)
+        self.host_prompt_logprobs = np.full(num_slots, NO_LOGPROBS, np.int32)
+        self.host_variant = np.zeros(num_slots, np.int8)  # the `SamplingVariant` that its options need
 
     def apply_changes(self, step: Step) -> None:
         """Takes what a step changes into the host's view and, if anything did, to the device in one copy."""
@@ -115,9 +120,11 @@ class BatchState:
         slot = admitted.slot
         self.known_tokens[slot] = unpack_ints(admitted.token_ids)
         self.host_lens[slot] = admitted.num_computed_tokens
-        self.host_temperature[slot] = admitted.temperature
-        filters = admitted.top_k > 0 or admitted.top_p < 1 or admitted.min_p > 0
-        self.host_filters[slot] = admitted.temperature > 0 and filters
+        self.host_prompt_lens[slot] = admitted.num_prompt_tokens
+        self.host_logprobs[slot] = NO_LOGPROBS if admitted.num_logprobs is None else admitted.num_logprobs
+        wanted = admitted.num_prompt_logprobs
+        self.host_prompt_logprobs[slot] = NO_LOGPROBS if wanted is None else wanted
+        self.host_variant[slot] = variant_of(admitted)
         floats = np.array([admitted.temperature, admitted.top_p, admitted.min_p], np.float32).view(np.int32)
         seed = np.array([admitted.seed], np.int64).view(np.int32)
         integers = [slot, admitted.num_computed_tokens, admitted.top_k]

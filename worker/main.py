@@ -22,7 +22,6 @@ from protocol.messages import (
     Malformed,
     Shutdown,
     Step,
-    StepResult,
     WorkerFailed,
     WorkerReady,
 )
@@ -32,7 +31,8 @@ from worker.kernels import select
 from worker.kv_cache import allocate_kv_cache, bounded_model_len, num_blocks_on_cpu, num_blocks_on_gpu
 from worker.models import Qwen3, create_model
 from worker.profiling import StepProfiler
-from worker.runner import PendingTokens, StepRunner
+from worker.runner import StepRunner
+from worker.step_results import PendingTokens
 from worker.weights import load_weights, randomize_weights
 
 EPOCH = 0
@@ -159,7 +159,7 @@ def serve(channel: Channel, runner: StepRunner, profiler: StepProfiler | None) -
                 raise RuntimeError(f"the core sent a malformed message: {message.reason}")
         while pending and pending[0].is_ready():
             done = pending.popleft()
-            channel.send(StepResult(done.step_id, done.epoch, done.tobytes()))
+            channel.send(done.result())
 
 
 def main(child: ChildProcess) -> None:

@@ -7,7 +7,7 @@ small decode steps. The largest steps run eagerly, where launches hide behind th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,13 +16,15 @@ import torch
 
 from protocol.config import EngineConfig
 from protocol.messages import Step, unpack_ints
-from worker.batch_state import RING_SIZE, BatchState
+from worker.batch_state import BatchState
 from worker.graphs import MOST_ROWS_OF_ONE_GRAPH, GraphCache, batch_buckets, bucket_for, token_buckets
 from worker.kernels import Ops
 from worker.models import Qwen3
 from worker.sampler import SamplingVariant
+from worker.slot_edits import SlotEdits
 from worker.step_inputs import StepInputs, StepRows, pad
 from worker.step_program import ForwardShape, StepProgram
+from worker.step_results import PackedRows, PendingTokens, PromptStretch, StepResults
 
 CaptureProgress = Callable[[int, int], None]
 
@@ -36,25 +38,6 @@ class Capture:
     warm_up: bool = True  # False where another capture's has done all of it
 
 
-@dataclass(slots=True)
-class PendingTokens:
-    """A launched step's tokens, on their way to the host."""
-
-    step_id: int
-    epoch: int
-    buffer: torch.Tensor
-    copied: torch.cuda.Event | None
-
-    def is_ready(self) -> bool:
-        return self.copied is None or self.copied.query()
-
-    def tobytes(self) -> bytes:
-        """int32 tokens of the sampling rows; waits for the copy if need be."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.buffer.numpy().tobytes()
-
-
 class StepRunner:
     """Owns the batch's state on the device and executes steps in the order given."""
 
@@ -66,12 +49,13 @@ class StepRunner:
         self._row_buckets = batch_buckets(max_rows)
         # The other backends need the number of decode rows on the host, so their steps with prefill run eagerly.
         self._token_buckets = token_buckets(max_tokens) if config.attention_backend == "triton" else []
+        vocab_size, eos = config.model_config.vocab_size, config.model_config.eos_token_ids
         self.state = BatchState(max_rows, config.max_model_len, config.block_size, device)
+        self._edits = SlotEdits(max_rows, vocab_size, len(eos), device)
         self._inputs = StepInputs(max_rows, max_tokens, device)
-        self.program = StepProgram(config, model, ops, self.state, self._inputs, device, dtype)
-        self._results = [torch.zeros(max_rows, dtype=torch.int32, pin_memory=self._on_gpu) for _ in range(RING_SIZE)]
-        self._copied = [torch.cuda.Event() if self._on_gpu else None for _ in range(RING_SIZE)]
-        self._turn = 0
+        self.program = StepProgram(config, model, ops, self.state, self._edits.tables, self._inputs, device, dtype)
+        self._results = StepResults(self.program, max_rows, vocab_size, device)
+        self._measure_largest = partial(self._results.run_largest, config.model_config.hidden_size, dtype)
         self._decode_slots = np.empty(0, np.int32)
         self._sent_decode_rows: int | None = None  # rows of the decode step whose inputs are on the device
         self._graphs: GraphCache | None = None
@@ -82,16 +66,14 @@ class StepRunner:
     def execute(self, step: Step) -> PendingTokens:
         """Launches a step. Its tokens come back as one int32 for each row that samples, in row order."""
         self.state.apply_changes(step)
+        for admitted in step.admitted:
+            self._edits.admit(admitted)
         decode_changed = step.decode_slots is not None
         if step.decode_slots is not None:
             self._decode_slots = unpack_ints(step.decode_slots)
-        if step.prefill_slots:
-            num_sampled = self._execute_mixed(step)
-        else:
-            num_sampled = self._execute_decode(decode_changed)
-        return self._send_back(step, num_sampled)
+        return self._execute_mixed(step) if step.prefill_slots else self._execute_decode(step, decode_changed)
 
-    def _execute_decode(self, changed: bool) -> int:
+    def _execute_decode(self, step: Step, changed: bool) -> PendingTokens:
         """A step of decode rows alone. One equal to the last step copies nothing to the device."""
         slots = self._decode_slots
         self.state.host_lens[slots] += 1
@@ -102,10 +84,10 @@ class StepRunner:
         variant, shape = self._variant(slots), self._decode_shape(rows)
         if not self._replay((shape, variant)):
             self._launch(shape, rows, variant)
-        return len(slots)
+        return self._results.send_back(step, len(slots), self._wanted_logprobs(slots, variant), [])
 
-    def _execute_mixed(self, step: Step) -> int:
-        """A step with prefill rows. Returns the number of rows that sample."""
+    def _execute_mixed(self, step: Step) -> PendingTokens:
+        """A step with prefill rows."""
         state, decode = self.state, self._decode_slots
         state.host_lens[decode] += 1
         prefill, lens = unpack_ints(step.prefill_slots), unpack_ints(step.prefill_lens)
@@ -145,15 +127,33 @@ class StepRunner:
             )
         )
         self._sent_decode_rows = None
-        self._launch(shape, sampling_rows, self._variant(sample_slots))
-        return len(sample_slots)
+        variant = self._variant(sample_slots)
+        stretches = self._prompt_stretches(prefill, starts, query_start[len(decode) :])
+        packed = self._launch(shape, sampling_rows, variant, stretches)
+        return self._results.send_back(step, len(sample_slots), self._wanted_logprobs(sample_slots, variant), packed)
 
-    def _launch(self, shape: ForwardShape, sampling_rows: int, variant: SamplingVariant) -> None:
-        """Launches the two programs of a step, each as a graph if it was captured."""
-        if not self._replay(shape):
+    def _launch(
+        self,
+        shape: ForwardShape,
+        sampling_rows: int,
+        variant: SamplingVariant,
+        stretches: Sequence[PromptStretch] = (),
+    ) -> list[PackedRows]:
+        """Launches the two programs of a step, each as a graph if it was captured, and measures prompts.
+
+        Those need all hidden states, which a graph does not keep: the step runs kernel by kernel, at the same size.
+        """
+        packed: list[PackedRows] = []
+        if stretches:
+            packed = self._results.measure_prompts(self.program.forward(shape), stretches)
+        elif not self._replay(shape):
             self.program.forward(shape)
         if sampling_rows and not self._replay((sampling_rows, variant)):
             self.program.head(sampling_rows, variant)
+        return packed
+
+    def _wanted_logprobs(self, slots: np.ndarray, variant: SamplingVariant) -> np.ndarray | None:
+        return self.state.host_logprobs[slots] if variant is SamplingVariant.LOGPROBS else None
 
     def _replay(self, key: Hashable) -> bool:
         return self._graphs is not None and self._graphs.replay(key)
@@ -162,19 +162,20 @@ class StepRunner:
         return bucket_for(self._row_buckets, rows) or rows if self._on_gpu and rows else rows
 
     def _variant(self, sampling_slots: np.ndarray) -> SamplingVariant:
-        if self.state.host_filters[sampling_slots].any():
-            return SamplingVariant.FULL
-        if self.state.host_temperature[sampling_slots].any():
-            return SamplingVariant.PLAIN
-        return SamplingVariant.GREEDY
+        return SamplingVariant(self.state.host_variant[sampling_slots].max(initial=0))
 
-    def _send_back(self, step: Step, num_sampled: int) -> PendingTokens:
-        self._turn = (self._turn + 1) % RING_SIZE
-        buffer, copied = self._results[self._turn][:num_sampled], self._copied[self._turn]
-        buffer.copy_(self.program.tokens[:num_sampled], non_blocking=True)
-        if copied is not None:
-            copied.record()
-        return PendingTokens(step.step_id, step.epoch, buffer, copied)
+    def _prompt_stretches(self, slots: np.ndarray, starts: np.ndarray, query_start: np.ndarray) -> list[PromptStretch]:
+        """Of the prefill rows, what is to be measured of the prompts: each token's successor in the prompt."""
+        state = self.state
+        stretches = []
+        for slot, start, first, end in zip(slots.tolist(), starts.tolist(), query_start[:-1], query_start[1:]):
+            wanted = state.host_prompt_logprobs[slot]
+            if wanted >= -1:
+                last = max(start, min(start + int(end - first), int(state.host_prompt_lens[slot]) - 1))
+                positions = np.arange(start + 1, last + 1)
+                token_ids = state.known_tokens[slot][start + 1 : last + 1]
+                stretches.append(PromptStretch(int(first), positions, token_ids, int(wanted)))
+        return stretches
 
     # --- shapes and inputs of padded steps --------------------------------------------------------------------------
 
@@ -219,6 +220,7 @@ class StepRunner:
         self.program.forward(ForwardShape(0, rows, tokens, rows, length, length))
         for variant in SamplingVariant:
             self.program.head(rows, variant)
+        self._measure_largest()
         self._sent_decode_rows = None
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""From logits to tokens: greedy, by temperature, or by temperature within min-p, top-k and top-p.
+"""From logits to tokens: greedy, by temperature, or by temperature within min-p, top-k and top-p; edited before or not.
 
 Runs on the device without the host looking, so that it can be part of a CUDA graph. What a row draws depends on its
 logits, its options, its seed and the position of the token, and on nothing else.
@@ -6,20 +6,13 @@ logits, its options, its seed and the position of the token, and on nothing else
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import torch
 
 from worker.batch_state import BatchState
 from worker.kernels import Ops
+from worker.sampling_variant import SamplingVariant
 
-
-class SamplingVariant(StrEnum):
-    """What the rows of a step need; the cheapest that serves them all is run."""
-
-    GREEDY = "greedy"
-    PLAIN = "plain"  # some row has a temperature
-    FULL = "full"  # some row with a temperature has a min-p, top-k or top-p
+__all__ = ["SamplingVariant", "sample_tokens"]
 
 
 def sample_tokens(
@@ -29,7 +22,7 @@ def sample_tokens(
     """Draws a token a row.
 
     Args:
-        logits: [rows, vocab_size] in the model's dtype.
+        logits: [rows, vocab_size] in the model's dtype, or in float32 if they were edited.
         slots: [rows] int32, where each row's options are.
         positions: [rows] int32, the position that the drawn token will have.
 
@@ -38,7 +31,7 @@ def sample_tokens(
     """
     if variant is SamplingVariant.GREEDY:
         return ops.argmax_sample(logits)
-    if variant is SamplingVariant.FULL:
+    if variant >= SamplingVariant.FULL:
         threshold = ops.filter_threshold(logits, slots, state.temperature, state.top_k, state.top_p, state.min_p)
         return ops.sample(logits, slots, state.temperature, state.seed, positions, threshold)
     return ops.sample(logits, slots, state.temperature, state.seed, positions)

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from protocol.config import EngineConfig
+from protocol.sampling import MAX_LOGPROBS
 from worker.attention import AttentionMetadata, create_backend
 from worker.batch_state import BatchState
 from worker.kernels import Ops
+from worker.kernels.edit_logits import EditTables
+from worker.logprobs import pack_logprobs_of, packed_size
 from worker.models import Qwen3
 from worker.sampler import SamplingVariant, sample_tokens
 from worker.step_inputs import StepInputs
@@ -40,6 +43,7 @@ class StepProgram:
         model: Qwen3,
         ops: Ops,
         state: BatchState,
+        edits: EditTables,
         inputs: StepInputs,
         device: torch.device,
         dtype: torch.dtype,
@@ -50,12 +54,16 @@ class StepProgram:
         self._model = model
         self._ops = ops
         self._state = state
+        self._edits = edits
         self._inputs = inputs
         self._positions = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self._cache_slots = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self._kv_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self._hidden = torch.zeros((max_rows, model_config.hidden_size), dtype=dtype, device=device)
         self.tokens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.num_alternatives = min(MAX_LOGPROBS, model_config.vocab_size)
+        packed = packed_size(self.num_alternatives)
+        self.logprobs = torch.zeros((max_rows, packed), dtype=torch.int32, device=device)
         self._attention = create_backend(
             config.attention_backend,
             num_heads=model_config.num_heads,
@@ -73,11 +81,16 @@ class StepProgram:
         """[num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim]. Graphs captured before hold the old one."""
         self._kv_cache = kv_cache
 
-    def forward(self, shape: ForwardShape) -> None:
-        """From the step's inputs to the hidden states that `head` reads."""
+    def forward(self, shape: ForwardShape) -> torch.Tensor:
+        """From the step's inputs to the hidden states that `head` reads.
+
+        Returns:
+            [tokens, hidden_size] of all tokens; inside a graph its memory belongs to the next one.
+        """
         hidden = self._forward(shape)
         sampled = self._inputs.sample_tokens[: shape.num_sampling_rows]
         torch.index_select(hidden, 0, sampled, out=self._hidden[: shape.num_sampling_rows])
+        return hidden
 
     def head(self, rows: int, variant: SamplingVariant) -> None:
         """From hidden states to tokens, which are kept as their slots' last."""
@@ -87,6 +100,14 @@ class StepProgram:
     def decode(self, shape: ForwardShape, variant: SamplingVariant) -> None:
         """Both, for a step in which every token is sampled from, in order."""
         self._head(self._forward(shape), self._kv_lens[: shape.num_rows], variant)
+
+    def measure(self, hidden: torch.Tensor, tokens: torch.Tensor, packed: torch.Tensor) -> None:
+        """Log-probabilities of tokens by the hidden states before them, see `pack_logprobs_of`."""
+        pack_logprobs_of(self._model.logits(hidden), tokens, packed)
+
+    def measure_sampled(self, row: int, packed: torch.Tensor) -> None:
+        """The same of one row that the last `forward` and `head` left."""
+        self.measure(self._hidden[row : row + 1], self.tokens[row : row + 1], packed)
 
     def logits(self, rows: int) -> torch.Tensor:
         """[rows, vocab_size] of the hidden states that the last `forward` left."""
@@ -120,5 +141,13 @@ class StepProgram:
     def _head(self, hidden: torch.Tensor, positions: torch.Tensor, variant: SamplingVariant) -> None:
         rows, state = hidden.shape[0], self._state
         slots = self._inputs.sample_slots[:rows]
-        tokens = sample_tokens(self._model.logits(hidden), slots, positions, state, variant, self._ops)
+        logits = self._model.logits(hidden)
+        if variant < SamplingVariant.EDITED:
+            tokens = sample_tokens(logits, slots, positions, state, variant, self._ops)
+        else:
+            edited = self._ops.edit_logits(logits, slots, positions, self._edits)
+            tokens = sample_tokens(edited, slots, positions, state, variant, self._ops)
+            self._ops.record_tokens(slots, positions, tokens, self._edits)
+        if variant is SamplingVariant.LOGPROBS:
+            pack_logprobs_of(logits, tokens, self.logprobs[:rows])
         self._ops.commit_tokens(slots, tokens, state.last_token, self.tokens[:rows])

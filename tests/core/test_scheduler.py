@@ -26,10 +26,11 @@ from core.step_time import (
     StepWork,
 )
 from protocol.config import EngineConfig, make_options
+from protocol.logprobs import TokenLogprob, unpack_logprobs
 from protocol.messages import AddRequest, Failed, StepOutputs, pack_ints, unpack_ints
 from protocol.resolve import resolve
 from protocol.sampling import SamplingParams
-from tests.support.null_worker import NullWorker
+from tests.support.null_worker import NullWorker, measured
 from tests.support.step_times import gpu_seconds
 
 EOS = 1
@@ -97,12 +98,20 @@ class Engine:
         self.ends: dict[int, str] = {}
         self.aborted: set[int] = set()
         self.failed: dict[int, str] = {}
+        self.prompts: dict[int, list[int]] = {}
+        self.measured: dict[int, dict[int, TokenLogprob]] = {}  # tokens of prompts, by position
+        self.wants_logprobs: set[int] = set()
 
     def add(self, request_id: int, prompt: list[int], **params: Any) -> None:
         options = {"temperature": 0.0, "seed": request_id, **params}
         salt = options.pop("cache_salt", None)
         priority = options.pop("priority", 0)
         self.tokens[request_id] = []
+        self.prompts[request_id] = prompt
+        if options.get("prompt_logprobs") is not None:
+            self.measured[request_id] = {}
+        if options.get("logprobs") is not None:
+            self.wants_logprobs.add(request_id)
         self.scheduler.add(0, AddRequest(request_id, pack_ints(prompt), SamplingParams(**options), priority, salt))
 
     def abort(self, request_id: int) -> None:
@@ -132,12 +141,24 @@ class Engine:
                 continue
             assert isinstance(message, StepOutputs)
             ids, tokens = unpack_ints(message.request_ids, "<i8").tolist(), unpack_ints(message.token_ids).tolist()
+            self.check_logprobs(message, ids, tokens)
             for request_id, token in zip(ids, tokens, strict=True):
                 assert request_id not in self.ends, "a token after the end"
                 assert request_id not in self.aborted, "a token of an aborted request"
                 self.tokens[request_id].append(token)
             for finished in message.finished:
                 self.ends[finished.request_id] = finished.reason
+
+    def check_logprobs(self, message: StepOutputs, ids: list[int], tokens: list[int]) -> None:
+        """Log-probabilities belong to their tokens, and those of a prompt are there before its first token is."""
+        found = dict(entry for table in message.logprobs for entry in unpack_logprobs(table))
+        assert found == {row: measured(tokens[row]) for row, each in enumerate(ids) if each in self.wants_logprobs}
+        for stretch in message.prompt_logprobs:
+            assert stretch.request_id not in self.aborted | set(self.ends)
+            self.measured[stretch.request_id].update(unpack_logprobs(stretch.tokens))
+        for request_id in self.measured.keys() & set(ids):
+            prompt = self.prompts[request_id]
+            assert self.measured[request_id] == {i: measured(prompt[i]) for i in range(1, len(prompt))}
 
     def run(self) -> None:
         while True:
@@ -554,14 +575,16 @@ class RandomOperations(RuleBasedStateMachine):
         length=st.integers(1, 50),
         max_tokens=st.integers(1, 60),
         priority=st.integers(0, 2),
+        logprobs=st.none() | st.just(0),
+        prompt_logprobs=st.none() | st.just(0),
         broken=st.integers(0, 9).map(lambda n: n == 0),
     )
-    def add(self, seed: int, length: int, max_tokens: int, priority: int, broken: bool) -> None:
+    def add(self, seed: int, length: int, max_tokens: int, priority: int, broken: bool, **logprobs: int | None) -> None:
         request_id = len(self.prompts)
         self.prompts[request_id] = (prompt_of(seed, length), max_tokens)
         if broken:
             self.nan_seeds.add(request_id)
-        self.engine.add(request_id, prompt_of(seed, length), max_tokens=max_tokens, priority=priority)
+        self.engine.add(request_id, prompt_of(seed, length), max_tokens=max_tokens, priority=priority, **logprobs)
 
     def step_seconds(self, work: StepWork) -> float:
         return self.pace * (5e-3 * bool(work.context) + 1e-4 * work.context + 1e-3 * work.tokens + 5e-5 * work.pairs)

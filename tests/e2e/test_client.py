@@ -99,6 +99,75 @@ def test_the_default_is_vllms_sixteen_tokens(client: Client) -> None:
     assert result.outputs[0].finish_reason == "length"
 
 
+def test_n_answers_are_drawn_with_seeds_that_follow_from_the_first(client: Client) -> None:
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=12, n=4)
+    (result, other) = client.generate([STORY, CAPITAL], params, use_tqdm=False)
+    assert [answer.index for answer in result.outputs] == [0, 1, 2, 3]
+    assert len({tuple(answer.token_ids) for answer in result.outputs}) == 4
+    (single,) = client.generate(STORY, SamplingParams(temperature=1.0, seed=5, max_tokens=12), use_tqdm=False)
+    assert single.outputs == result.outputs[:1]
+    assert client.generate(CAPITAL, params, use_tqdm=False)[0].outputs == other.outputs
+    streamed: dict[int, list[int]] = {}
+    for chunk in client.stream(STORY, params):
+        streamed.setdefault(chunk.index, []).extend(chunk.token_ids)
+    assert streamed == {answer.index: answer.token_ids for answer in result.outputs}
+
+
+def test_log_probabilities_come_with_the_answer_and_the_prompt(client: Client) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=2, prompt_logprobs=1)
+    (result,) = client.generate(CAPITAL, params, use_tqdm=False)
+    (answer,) = result.outputs
+    assert len(answer.logprobs) == len(answer.token_ids)
+    for token, found in zip(answer.token_ids, answer.logprobs, strict=True):
+        # The most likely token is the one that was taken, and is not named twice.
+        assert next(iter(found)) == token
+        assert [each.rank for each in found.values()] == [1, 2]
+        assert 0 >= found[token].logprob == max(each.logprob for each in found.values())
+    assert answer.cumulative_logprob == sum(
+        found[token].logprob for token, found in zip(answer.token_ids, answer.logprobs)
+    )
+    assert len(result.prompt_logprobs) == len(result.prompt_token_ids)
+    assert result.prompt_logprobs[0] is None
+    for token, found in zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True):
+        assert (found[token].rank == 1) == (len(found) == 1)
+    # What follows the prompt is as likely when it is part of one.
+    (longer,) = client.generate(
+        {"prompt_token_ids": [*result.prompt_token_ids, *answer.token_ids]}, params, use_tqdm=False
+    )
+    for token, found, again in zip(
+        answer.token_ids, answer.logprobs, longer.prompt_logprobs[len(result.prompt_token_ids) :], strict=True
+    ):
+        assert again[token].logprob == pytest.approx(found[token].logprob, abs=1e-4)
+    chunks = list(client.stream(CAPITAL, params))
+    assert chunks[0].prompt_logprobs == result.prompt_logprobs
+    assert [found for chunk in chunks for found in chunk.logprobs] == answer.logprobs
+
+
+def test_bad_words_allowed_tokens_and_bias_change_the_answer(client: Client, tokenizer: Tokenizer) -> None:
+    question, options = ask("What is the capital of France?"), {"temperature": 0.0, "max_tokens": 24}
+
+    def answer(**edits: Any) -> str:
+        return client.chat(question, SamplingParams(**options, **edits), use_tqdm=False)[0].outputs[0].text
+
+    assert "Paris" in answer()
+    assert "Paris" not in answer(bad_words=["Paris"])
+    digits = ids_of(tokenizer, "7")
+    assert set(answer(allowed_token_ids=digits)) == {"7"}
+    assert set(answer(logit_bias={digits[0]: 100})) == {"7"}
+    assert len(set(answer(repetition_penalty=20.0, min_tokens=24).split())) > 5
+
+
+def test_a_prompt_is_cut_to_its_last_tokens(client: Client, tokenizer: Tokenizer) -> None:
+    ids = ids_of(tokenizer, STORY * 2)
+    for prompt in (STORY * 2, ids):
+        (result,) = client.generate(prompt, SamplingParams(max_tokens=2, truncate_prompt_tokens=3), use_tqdm=False)
+        assert result.prompt_token_ids == ids[-3:]
+    too_long = [5] * (client.engine.max_model_len + 50)
+    (result,) = client.generate(too_long, SamplingParams(truncate_prompt_tokens=-1), use_tqdm=False)
+    assert len(result.prompt_token_ids) == client.engine.max_model_len - 1
+    assert len(result.outputs[0].token_ids) == 1
+
+
 def test_several_conversations_are_answered_in_order(client: Client) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=64)
     france, japan = ask("What is the capital of France?"), ask("What is the capital of Japan?")

@@ -11,6 +11,7 @@ import time
 
 import zmq
 
+from protocol.logprobs import PromptLogprobs, TokenLogprob, pack_logprobs
 from protocol.messages import (
     PROTOCOL_VERSION,
     AbortRequests,
@@ -32,6 +33,11 @@ from protocol.transport import Channel, open_socket
 BLOCK_SIZE = 16
 
 
+def logprob_of(token: int, width: int) -> TokenLogprob:
+    """What this core says of a token: its alternatives are the ids after it."""
+    return TokenLogprob(-token / 8, 1 + token, [token + i for i in range(width)], [-i / 4 for i in range(width)])
+
+
 class _Running:
     def __init__(self, identity: bytes, request: AddRequest, eos: int) -> None:
         self.identity = identity
@@ -40,6 +46,10 @@ class _Running:
         self.num_cached_tokens = (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
         self.planned = prompt if request.params.ignore_eos else [*prompt, eos]
         self.num_generated = 0
+
+    def prompt_tail(self) -> list[tuple[int, int]]:
+        """(position, token) of the prompt's tokens but the first."""
+        return list(enumerate(unpack_ints(self.request.prompt_token_ids).tolist()))[1:]
 
     def next_token(self) -> int:
         token = self.planned[self.num_generated % len(self.planned)]
@@ -129,6 +139,8 @@ class FakeCore(threading.Thread):
         for identity in {running.identity for running in self._running.values()}:
             rows: list[tuple[int, int]] = []
             finished: list[Finished] = []
+            logprobs: list[tuple[int, TokenLogprob]] = []
+            prompt_logprobs: list[PromptLogprobs] = []
             for key, running in list(self._running.items()):
                 if key[0] != identity:
                     continue
@@ -137,7 +149,14 @@ class FakeCore(threading.Thread):
                     del self._running[key]
                     self._fail(identity, request_id)
                     continue
+                if not running.num_generated and params.prompt_logprobs is not None:
+                    entries = [(i, logprob_of(token, params.prompt_logprobs)) for i, token in running.prompt_tail()]
+                    for half in (entries[:2], entries[2:]):  # as a prompt comes that is computed in chunks
+                        prompt_logprobs += [PromptLogprobs(request_id, table) for table in pack_logprobs(half)]
                 token = running.next_token()
+                if params.logprobs is not None:
+                    # The worker gives all rows as many as the one that wants most.
+                    logprobs.append((len(rows), logprob_of(token, 20)))
                 rows.append((request_id, token))
                 end: tuple[str, int | None] | None = None
                 if token == self._eos and not params.ignore_eos:
@@ -150,7 +169,8 @@ class FakeCore(threading.Thread):
                     finished.append(Finished(request_id, end[0], end[1], running.num_cached_tokens))
                     del self._running[key]
             ids, tokens = [row[0] for row in rows], [row[1] for row in rows]
-            self._send(identity, StepOutputs(self.epoch, pack_ints(ids, "<i8"), pack_ints(tokens), finished))
+            packed = pack_ints(ids, "<i8"), pack_ints(tokens)
+            self._send(identity, StepOutputs(self.epoch, *packed, finished, pack_logprobs(logprobs), prompt_logprobs))
 
     def _send(self, identity: bytes, message: object) -> None:
         self._channel.send(message, identity)

@@ -29,7 +29,7 @@ from protocol.messages import (
 )
 from protocol.sampling import SamplingParams
 from tests.frontend.conftest import MAX_MODEL_LEN, VOCAB_SIZE, make_config, make_tokenizer
-from tests.frontend.fake_core import FakeCore
+from tests.frontend.fake_core import FakeCore, logprob_of
 
 ENDLESS = SamplingParams(max_tokens=100, ignore_eos=True)
 
@@ -148,6 +148,87 @@ async def test_a_stop_string_ends_the_text_the_tokens_and_the_work(setup: Setup,
     assert setup.core.num_running == 0
     # The core is not told of stop strings, which are text.
     assert setup.core.added[0].params.stop == ()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_ended_the_answer_may_stay_in_the_text(setup: Setup, stream: bool) -> None:
+    options = {"max_tokens": 100, "include_stop_str_in_output": True, "skip_special_tokens": False}
+    setup.submit("quick brown fox jumps", SamplingParams(stop="wn f", **options), 0, stream)
+    x = setup.tokenizer.encode("x")[0]
+    setup.submit("fox trot", SamplingParams(stop_token_ids=[x], **options), 1, stream)
+    setup.submit("fox", SamplingParams(**options), 2, stream)
+    await setup.sink.wait(3)
+    assert [setup.sink.text(tag) for tag in range(3)] == ["quick brown f", "fox", "fox<|im_end|>"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_stop_strings_are_not_looked_for_within_min_tokens(setup: Setup, stream: bool) -> None:
+    text = "a fox, a fox, a fox"
+    first_fox = len(setup.tokenizer.encode("a fox"))
+    setup.submit(text, SamplingParams(max_tokens=100, stop="fox", min_tokens=first_fox), 0, stream)
+    setup.submit(text, SamplingParams(max_tokens=100, stop="fox", min_tokens=first_fox - 1), 1, stream)
+    await setup.sink.wait(2)
+    assert setup.sink.text(0) == "a fox, a "
+    assert setup.sink.text(1) in ("a ", "a fox, a ")  # a token may hold the word's end alone
+    assert setup.core.added[0].params.min_tokens == first_fox
+
+
+async def test_bad_words_go_to_the_core_as_tokens(setup: Setup) -> None:
+    setup.submit("fox", SamplingParams(bad_words=["fox", " jumps"]))
+    await setup.sink.wait(1)
+    [added] = setup.core.added
+    expected = [setup.tokenizer.encode(text) for text in ("fox", " fox", "jumps", " jumps")]
+    assert [unpack_ints(ids).tolist() for ids in added.bad_words] == expected
+    assert added.params.bad_words == ()
+
+
+@pytest.mark.parametrize(
+    ("param", "value", "names"),
+    [
+        ("bad_words", ["日本語のテキスト、そして漢字。 Привет, мир! 🙂🙃 0x00ff00ff00ff00ff"], "at most 16 tokens"),
+        ("logit_bias", {VOCAB_SIZE: 1.0}, f"got {VOCAB_SIZE}"),
+        ("allowed_token_ids", [1, VOCAB_SIZE + 5], f"got {VOCAB_SIZE + 5}"),
+        ("stop_token_ids", [VOCAB_SIZE], f"got {VOCAB_SIZE}"),
+        ("n", 2, "got 2"),
+    ],
+)
+async def test_what_the_vocabulary_does_not_have_is_refused(
+    setup: Setup, param: str, value: object, names: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=names) as caught:
+        setup.submit("fox", SamplingParams(**{param: value}))
+    assert caught.value.param == param
+    assert setup.core.added == []
+
+
+async def test_log_probabilities_of_more_than_a_message_holds_are_refused(setup: Setup) -> None:
+    for param in ("logprobs", "prompt_logprobs"):
+        with pytest.raises(InvalidRequestError, match="too large") as caught:
+            setup.service.requests.submit(
+                [5] * 8000, SamplingParams(max_tokens=8000, **{param: -1}), setup.sink, stream=True
+            )
+        assert caught.value.param == param
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_log_probabilities_stay_with_their_tokens(setup: Setup, stream: bool) -> None:
+    requests = [
+        setup.submit(
+            "the quick fox", SamplingParams(max_tokens=100, logprobs=logprobs, prompt_logprobs=prompt), tag, stream
+        )
+        for tag, (logprobs, prompt) in enumerate([(2, None), (None, 3), (0, 0), (None, None)])
+    ]
+    await setup.sink.wait(4)
+    for request in requests:
+        params = request.params
+        expected = (
+            [] if params.logprobs is None else [logprob_of(token, params.logprobs) for token in request.token_ids]
+        )
+        assert request.logprobs == expected
+        assert request.prompt_is_measured == (params.prompt_logprobs is not None)
+        if request.prompt_is_measured:
+            tail = [logprob_of(token, params.prompt_logprobs) for token in request.prompt_token_ids[1:]]
+            assert request.measured_prompt() == [None, *tail]
 
 
 async def test_held_back_text_is_given_out_at_the_end(setup: Setup) -> None:
@@ -338,7 +419,7 @@ class _Counter:
 
 
 async def test_rows_without_text_cost_about_a_microsecond() -> None:
-    table = RequestTable(_NoLink(), None, RequestMetrics(MAX_MODEL_LEN))  # type: ignore[arg-type]
+    table = RequestTable(_NoLink(), None, 640, RequestMetrics(MAX_MODEL_LEN))  # type: ignore[arg-type]
     sink = _Counter()
     params = SamplingParams(max_tokens=1000, detokenize=False)
     ids = [table.submit([1], params, sink, tag, stream=True).core_id for tag in range(512)]

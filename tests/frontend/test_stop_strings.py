@@ -62,3 +62,11 @@ def test_many_long_stop_strings_cost_little() -> None:
     watch = StopStrings(stop)
     emitted = "".join(watch.feed("a") for _ in range(3000)) + watch.flush()
     assert emitted == "a" * 3000
+
+
+@given(letters, stops, st.integers(1, 4))
+def test_a_stop_string_that_is_included_ends_the_text(text: str, stop: list[str], size: int) -> None:
+    watch = StopStrings(stop, include=True)
+    emitted = [watch.feed(text[start : start + size]) for start in range(0, len(text), size)]
+    before, found = cut_at_first_stop(text, stop)
+    assert "".join([*emitted, watch.flush()]) == before + (found or "")

@@ -113,6 +113,81 @@ def test_graphs_and_eager_give_the_same_tokens(model: Path, prompts: list[list[i
     assert engine(model, enforce_eager=True).generate(prompts, params) == with_graphs
 
 
+def edited(count: int) -> tuple[list[SamplingParams], list[list[list[int]]]]:
+    """Every third request as it is, the others with edits and log-probabilities of several kinds; and bad words."""
+    params = []
+    for i in range(count):
+        options: dict = {"temperature": 0.7 * (i % 2), "seed": i, "max_tokens": 24, "ignore_eos": True}
+        if i % 3:
+            options |= {
+                "presence_penalty": 0.4, "frequency_penalty": 0.3, "repetition_penalty": 1.1, "logit_bias": {i: 3.0},
+                "min_tokens": 5, "stop_token_ids": [i + 100],
+                "allowed_token_ids": range(i % 7, VOCAB, 2) if i % 4 == 0 else None,
+            }  # fmt: skip
+        if i % 3 == 2:
+            options |= {"logprobs": i % 21, "prompt_logprobs": 3 if i % 2 else None}
+        params.append(SamplingParams(**options))
+    return params, [[[i, i + 1], [2 * i]] if i % 3 == 1 else [] for i in range(count)]
+
+
+def test_edits_and_logprobs_are_the_same_in_graphs_and_eager_and_when_preempted(
+    model: Path, prompts: list[list[int]], bf16_error: Bf16Error
+) -> None:
+    params, words = edited(len(prompts))
+    one = {"max_num_seqs": 1}  # so that products have one shape, and answers are equal to the bit
+    first, second = engine(model), engine(model, enforce_eager=True)
+    answers = first.generate(prompts, params, words)
+    assert second.generate(prompts, params, words) == answers
+    for measured, again in zip(first.logprobs, second.logprobs, strict=True):
+        # Steps of other sizes round differently in bf16.
+        torch.testing.assert_close(
+            torch.tensor([entry.logprob for entry in measured]),
+            torch.tensor([entry.logprob for entry in again]),
+            atol=bf16_error.epsilon,
+            rtol=0,
+        )
+    assert [sorted(each) for each in first.prompt_logprobs] == [sorted(each) for each in second.prompt_logprobs]
+    few = engine(model, max_num_seqs=16, num_gpu_blocks_override=82)
+    assert {len(answer) > 5 for answer in few.generate(prompts, params, words)} == {True}
+    assert few.scheduler.stats().num_preemptions > 0
+    assert engine(model, **one).generate(prompts[:6], params[:6], words[:6]) == engine(
+        model, **one, async_scheduling=False
+    ).generate(prompts[:6], params[:6], words[:6])
+
+
+def test_logprobs_are_transformers_within_the_error_of_bf16(
+    model: Path, prompts: list[list[int]], bf16_error: Bf16Error
+) -> None:
+    running = engine(model)
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=4, prompt_logprobs=4)
+    answers = running.generate(prompts, params)
+    reference = reference_model(model, torch.float32, "cuda")
+    for prompt, answer, measured, of_prompt in zip(
+        prompts, answers, running.logprobs, running.prompt_logprobs, strict=True
+    ):
+        sequence = torch.tensor([prompt + answer], device="cuda")
+        with torch.inference_mode():
+            expected = reference(sequence).logits[0].log_softmax(-1)
+        entries = of_prompt | dict(enumerate(measured, len(prompt)))
+        assert sorted(entries) == list(range(1, len(prompt) + len(answer)))
+        for position, entry in entries.items():
+            exact = float(expected[position - 1, sequence[0, position]])
+            assert abs(entry.logprob - exact) < bf16_error.epsilon, position
+
+
+def test_no_kernel_is_compiled_once_the_engine_is_ready(
+    model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    running = engine(model)
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **call: compiled.append(call["repr"]))
+    params, words = edited(len(prompts))
+    running.generate(prompts, params, words)
+    running.generate(prompts[:2], SamplingParams(max_tokens=3, logprobs=-1, prompt_logprobs=-1))
+    assert compiled == []
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -167,6 +242,7 @@ def test_nothing_is_left_on_the_device(model: Path, prompts: list[list[int]]) ->
     before = torch.cuda.memory_allocated()
     for _ in range(3):
         running.generate(prompts, SamplingParams(temperature=1.0, top_p=0.9, max_tokens=40, ignore_eos=True))
+        running.generate(prompts, *edited(len(prompts)))
     assert torch.cuda.memory_allocated() == before
     stats = running.scheduler.stats()
     assert stats.num_free_blocks == stats.num_blocks

@@ -10,6 +10,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 
+from tests.support.edit_tables import random_edits
 from tests.support.sampling import assert_drawn_from, kept_by_definition
 from worker.kernels import ops
 
@@ -292,3 +293,25 @@ def test_a_row_with_nan_is_reported_whatever_its_filters() -> None:
     threshold = KERNELS.filter_threshold(logits, slots, *options)
     token = KERNELS.sample(logits, slots, options[0], torch.arange(len(FILTERS) + 1), slots, threshold)
     assert token.tolist() == [-1] * len(FILTERS)
+
+
+@pytest.mark.parametrize("vocab", [1000, 151936])
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_edit_logits(rows: int, vocab: int) -> None:
+    both = [random_edits(rows, vocab, "cuda", seed=rows) for _ in range(2)]
+    slots, positions = torch.randperm(rows).int(), both[0][1]
+    positions = positions[slots.long()]
+    tables, reference_tables = both[0][0].tables, both[1][0].tables
+    for _ in range(3):
+        logits = (torch.randn(rows, vocab) * 4).to(BF16)
+        edited = KERNELS.edit_logits(logits, slots, positions, tables)
+        expected = REFERENCES.edit_logits(logits, slots, positions, reference_tables)
+        torch.testing.assert_close(edited, expected, atol=1e-4, rtol=1e-5)
+        again = replay(lambda: KERNELS.edit_logits(logits, slots, positions, tables))  # noqa: B023
+        assert torch.equal(edited, again)
+        tokens = KERNELS.argmax_sample(expected)
+        KERNELS.record_tokens(slots, positions, tokens, tables)
+        REFERENCES.record_tokens(slots, positions, tokens, reference_tables)
+        assert torch.equal(tables.counts, reference_tables.counts)
+        assert torch.equal(tables.recent, reference_tables.recent)
+        positions = positions + 1

@@ -45,6 +45,18 @@ sampling_params = st.builds(
     stop_token_ids=st.lists(st.integers(0, 2**31 - 1), max_size=3),
     ignore_eos=st.booleans(),
     skip_special_tokens=st.booleans(),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    repetition_penalty=st.floats(0.1, 10),
+    logit_bias=st.dictionaries(st.integers(0, 2**31 - 1), st.floats(-100, 100), max_size=3),
+    bad_words=st.lists(st.text(min_size=1, max_size=5), max_size=3),
+    allowed_token_ids=st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=3),
+    n=st.integers(1, 128),
+    min_tokens=st.integers(0, 1),
+    include_stop_str_in_output=st.booleans(),
+    logprobs=st.none() | st.integers(-1, 20),
+    prompt_logprobs=st.none() | st.integers(-1, 20),
+    truncate_prompt_tokens=st.none() | st.just(-1) | st.integers(1, 2**31 - 1),
 )
 json_value = st.recursive(
     st.none() | st.booleans() | int32 | st.floats(allow_nan=False) | text,
@@ -155,7 +167,7 @@ def test_an_array_of_half_integers_is_refused() -> None:
     frame = encode(good).replace(b"\xc4\x04\x02\x00\x00\x00", b"\xc4\x03\x02\x00\x00")
     decoded = DECODERS["CoreToFrontend"](frame)
     assert isinstance(decoded, Malformed)
-    assert "whole 32-bit integers" in decoded.reason
+    assert "whole 32-bit numbers" in decoded.reason
 
 
 def test_arrays_of_different_length_are_refused() -> None:

@@ -14,11 +14,12 @@ from core.engine import PIPELINE_DEPTH, scheduler_config
 from core.scheduler import Scheduler
 from core.step_time import StepTimeModel
 from protocol.config import EngineConfig, make_options
-from protocol.messages import AddRequest, StepOutputs, StepResult, pack_ints, unpack_ints
+from protocol.logprobs import TokenLogprob, unpack_logprobs
+from protocol.messages import AddRequest, StepOutputs, pack_ints, unpack_ints
 from protocol.resolve import resolve
 from protocol.sampling import SamplingParams
 from worker.main import make_runner
-from worker.runner import PendingTokens
+from worker.step_results import PendingTokens
 
 
 def make_config(model: Path | str, **options: Any) -> EngineConfig:
@@ -38,22 +39,41 @@ class InProcessEngine:
         self.scheduler = Scheduler(scheduler_config(self.config, ready), step_time=step_time)
         self.depth = PIPELINE_DEPTH if self.config.options.async_scheduling else 1
         self.finished: dict[int, str] = {}
+        # Of the last call, by prompt: an entry a token, and by position in the prompt.
+        self.logprobs: list[list[TokenLogprob]] = []
+        self.prompt_logprobs: list[dict[int, TokenLogprob]] = []
         self._next_id = 0
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[list[int]]:
-        """Token ids of each prompt's answer, all prompts submitted together."""
+    def generate(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | list[SamplingParams],
+        bad_words: list[list[list[int]]] | None = None,
+    ) -> list[list[int]]:
+        """Token ids of each prompt's answer, all prompts submitted together. Bad words come as token ids, as from a
+        frontend."""
         each = params if isinstance(params, list) else [params] * len(prompts)
         first = self._next_id
         tokens: dict[int, list[int]] = {}
-        for prompt, sampling in zip(prompts, each, strict=True):
+        words = bad_words or [[]] * len(prompts)
+        self.logprobs, self.prompt_logprobs = [[] for _ in prompts], [{} for _ in prompts]
+        for prompt, sampling, sequences in zip(prompts, each, words, strict=True):
             tokens[self._next_id] = []
-            self.scheduler.add(0, AddRequest(self._next_id, pack_ints(prompt), sampling))
+            request = AddRequest(
+                self._next_id, pack_ints(prompt), sampling, bad_words=[pack_ints(ids) for ids in sequences]
+            )
+            self.scheduler.add(0, request)
             self._next_id += 1
         for message in self.run():
             assert isinstance(message, StepOutputs), message
-            rows = zip(unpack_ints(message.request_ids, "<i8").tolist(), unpack_ints(message.token_ids).tolist())
-            for request_id, token in rows:
+            request_ids = unpack_ints(message.request_ids, "<i8").tolist()
+            for request_id, token in zip(request_ids, unpack_ints(message.token_ids).tolist()):
                 tokens[request_id].append(token)
+            for table in message.logprobs:
+                for row, measured in unpack_logprobs(table):
+                    self.logprobs[request_ids[row] - first].append(measured)
+            for stretch in message.prompt_logprobs:
+                self.prompt_logprobs[stretch.request_id - first].update(unpack_logprobs(stretch.tokens))
             for finished in message.finished:
                 self.finished[finished.request_id] = finished.reason
         return [tokens[request_id] for request_id in range(first, self._next_id)]
@@ -70,6 +90,6 @@ class InProcessEngine:
             if not pending:
                 return
             done = pending.popleft()
-            effects = self.scheduler.apply(StepResult(done.step_id, done.epoch, done.tobytes()))
+            effects = self.scheduler.apply(done.result())
             for _, message in effects.messages(0):
                 yield message

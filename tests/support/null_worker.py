@@ -12,9 +12,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from protocol.logprobs import TokenLogprob, TokenLogprobs, pack_logprobs
 from protocol.messages import Step, StepResult, pack_ints, unpack_ints
 
 TokenRule = Callable[[int, int, int], int]
+
+
+def measured(token: int) -> TokenLogprob:
+    """What it says of a token, so that it is known again."""
+    return TokenLogprob(-float(token), token, [], [])
 
 
 @dataclass
@@ -23,6 +29,9 @@ class SlotView:
     num_computed: int
     blocks: list[int]
     seed: int
+    num_prompt: int
+    wants_logprobs: bool
+    measures_prompt: bool
 
 
 @dataclass
@@ -51,6 +60,9 @@ class NullWorker:
                 admitted.num_computed_tokens,
                 unpack_ints(admitted.block_ids).tolist(),
                 admitted.seed,
+                admitted.num_prompt_tokens,
+                admitted.num_logprobs is not None,
+                admitted.num_prompt_logprobs is not None,
             )
         new_blocks = zip(
             unpack_ints(step.new_block_slots).tolist(),
@@ -65,16 +77,25 @@ class NullWorker:
             self._decode = unpack_ints(step.decode_slots).tolist()
         writers: dict[int, int] = {}
         tokens = [self._compute(slot, 1, writers) for slot in self._decode]
+        sampling = list(self._decode)
+        prompts: list[TokenLogprobs] = []
         for slot, length, samples in zip(
             unpack_ints(step.prefill_slots).tolist(),
             unpack_ints(step.prefill_lens).tolist(),
             step.prefill_samples,
             strict=True,
         ):
+            view = self.slots[slot]
+            if view.measures_prompt:
+                after = range(view.num_computed + 1, min(view.num_computed + length + 1, view.num_prompt))
+                tables = pack_logprobs((position, measured(view.tokens[position])) for position in after)
+                prompts += tables or [TokenLogprobs(b"", b"", b"", b"", b"")]
             token = self._compute(slot, length, writers, samples=bool(samples))
             if samples:
                 tokens.append(token)
-        self.pending.append(StepResult(step.step_id, step.epoch, pack_ints(tokens)))
+                sampling.append(slot)
+        wanted = [(row, measured(tokens[row])) for row, slot in enumerate(sampling) if self.slots[slot].wants_logprobs]
+        self.pending.append(StepResult(step.step_id, step.epoch, pack_ints(tokens), pack_logprobs(wanted), prompts))
 
     def _compute(self, slot: int, length: int, writers: dict[int, int], samples: bool = True) -> int:
         view = self.slots[slot]

@@ -25,6 +25,7 @@ from worker.kernels import (  # noqa: E402
     attention_prefill,
     commit_step,
     decode_schedule,
+    edit_logits,
     filter_threshold,
     fused_linear,
     gumbel_sample,
@@ -46,11 +47,14 @@ INT32_POINTERS = {
     "row_slots_ptr", "query_start_ptr", "seq_lens_ptr", "block_table_ptr", "positions_ptr", "kv_lens_ptr",
     "items_ptr", "num_items_ptr", "arrived_ptr", "index_ptr", "status_ptr", "token_ptr",
     "decode_rows_ptr", "last_token_ptr", "token_ids_ptr", "top_k_ptr", "keys_ptr", "last_keys_ptr",
+    "headers_ptr", "bias_ids_ptr", "bad_words_ptr", "recent_ptr", "allowed_ptr",
 }  # fmt: skip
+INT16_POINTERS = {"counts_ptr"}
 INT64_POINTERS = {"cache_slots_ptr", "seeds_ptr"}
 FP32_POINTERS = {
     "cos_sin_ptr", "temperature_ptr", "value_ptr", "partial_out_ptr", "partial_lse_ptr", "top_p_ptr", "min_p_ptr",
     "threshold_ptr", "highest_ptr", "lowest_ptr", "mass_ptr", "levels_ptr", "last_levels_ptr", "last_value_ptr",
+    "penalties_ptr", "biases_ptr", "edited_ptr",
 }  # fmt: skip
 
 
@@ -72,6 +76,8 @@ def shared_memory(
             continue
         if name in INT32_POINTERS:
             signature[name] = "*i32"
+        elif name in INT16_POINTERS:
+            signature[name] = "*i16"
         elif name in INT64_POINTERS:
             signature[name] = "*i64"
         elif name in FP32_POINTERS:
@@ -227,3 +233,14 @@ def test_sampling_kernels_fit_the_device(capability: tuple[int, int], dtype: tor
         for absent in ((), ("last_value_ptr",)):
             assert shared_memory(search, capability, dtype, constants | dict.fromkeys(absent), num_warps=2) <= limit
         assert shared_memory(finish, capability, dtype, constants, num_warps=8) <= limit
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+def test_logit_edits_fit_the_device(capability: tuple[int, int]) -> None:
+    limit = SHARED_MEMORY[capability] * 1024
+    for vocab in (151936, 1000):
+        sizes = {"VOCAB": vocab, "WORD": edit_logits.WORD_TOKENS}
+        constants = sizes | {"BLOCK": min(2048, triton.next_power_of_2(vocab)), "MAX_BIASES": 1282, "MAX_WORDS": 256}
+        for dtype in (torch.bfloat16, torch.float32):
+            assert shared_memory(edit_logits._edit_kernel, capability, dtype, constants) <= limit
+        assert shared_memory(edit_logits._record_kernel, capability, torch.float32, sizes | {"BLOCK": 128}) <= limit

@@ -15,9 +15,12 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_kernels.py in Triton's interpreter", allow_module_level=True)
 
+from protocol.logit_edits import LogitEdits
+from tests.support.edit_tables import admitted, random_edits
 from tests.support.sampling import assert_drawn_from, kept_by_definition
 from worker.kernels import filter_threshold, gumbel_sample, ops
 from worker.kernels.gumbel_sample import gumbel_noise
+from worker.slot_edits import SlotEdits
 
 KERNELS, REFERENCES = ops.TRITON, ops.REFERENCE
 
@@ -278,3 +281,44 @@ def test_what_a_row_keeps_and_draws_does_not_depend_on_the_batch(monkeypatch: py
         assert torch.equal(KERNELS.filter_threshold(logits[mine], slots[mine], *options), together[mine])
         alone = KERNELS.sample(logits[mine], slots[mine], ones, torch.arange(9), slots[mine], together[mine])
         assert torch.equal(alone, tokens[mine])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [70, 300])
+def test_edit_logits(vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the vocabulary cut into stretches of 64; tokens are drawn from what was edited, recorded, and edit again."""
+    monkeypatch.setattr(gumbel_sample, "STRETCH", 64)
+    slots, rounds = 12, 4
+    both = [random_edits(slots, vocab, "cpu", seed=vocab) for _ in range(2)]
+    rows = torch.cat([torch.randperm(slots), torch.tensor([slots, slots])]).int()  # padding rows: the null slot
+    positions = torch.cat([both[0][1][rows[:-2]], torch.zeros(2, dtype=torch.int32)])
+    for _ in range(rounds):
+        logits = (torch.randn(slots + 2, vocab + 3) * 4).to(dtype)[:, :vocab]
+        logits[2, 5], logits[3, 6] = torch.nan, torch.inf
+        edited = [
+            implementation.edit_logits(logits, rows, positions, edits.tables)
+            for implementation, (edits, _) in zip((KERNELS, REFERENCES), both, strict=True)
+        ]
+        assert edited[0].dtype == torch.float32
+        torch.testing.assert_close(*edited, equal_nan=True, atol=1e-5, rtol=1e-5)
+        assert edited[0][2, 5].isnan(), "whatever may not be drawn"
+        tokens = KERNELS.argmax_sample(edited[1])
+        assert tokens[2] == tokens[3] == -1
+        for implementation, (edits, _) in zip((KERNELS, REFERENCES), both, strict=True):
+            implementation.record_tokens(rows, positions, tokens, edits.tables)
+        (first, _), (second, _) = both
+        assert torch.equal(first.tables.counts, second.tables.counts)
+        assert torch.equal(first.tables.recent[:-1], second.tables.recent[:-1])
+        positions = positions + 1
+    assert not first.tables.headers[-1].any()
+
+
+def test_counts_stop_at_the_most_that_they_hold() -> None:
+    edits = SlotEdits(1, 8, 0, torch.device("cpu"))
+    edits.admit(admitted(0, [3], 1, LogitEdits(presence_penalty=1.0)))
+    row, most = torch.zeros(1, dtype=torch.int32), 2**15 - 1
+    edits.tables.counts[0, 3:5] += most - 1
+    for implementation in (KERNELS, REFERENCES):
+        for token in (3, 4, 4, 5):
+            implementation.record_tokens(row, row, torch.tensor([token], dtype=torch.int32), edits.tables)
+    assert edits.tables.counts[0].tolist() == [0, 0, 0, -1, most, 2, 0, 0]

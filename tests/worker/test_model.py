@@ -28,7 +28,7 @@ class LogitsRunner:
     def step(self, **fields: object) -> torch.Tensor:
         pending = self.runner.execute(Step(step_id=self._next_step, epoch=0, **fields))
         self._next_step += 1
-        rows = len(pending.tobytes()) // 4
+        rows = len(pending.result().token_ids) // 4
         with torch.inference_mode():
             return self.runner.program.logits(rows)
 

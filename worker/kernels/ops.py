@@ -15,6 +15,7 @@ import torch
 from worker.kernels import (
     argmax_sample,
     commit_step,
+    edit_logits,
     filter_threshold,
     fused_linear,
     gumbel_sample,
@@ -38,6 +39,8 @@ _MODULES: dict[str, ModuleType] = {
     "sample": gumbel_sample,
     "argmax_sample": argmax_sample,
     "filter_threshold": filter_threshold,
+    "edit_logits": edit_logits,
+    "record_tokens": edit_logits,
 }
 
 
@@ -57,6 +60,8 @@ class Ops:
     sample: Callable[..., torch.Tensor]
     argmax_sample: Callable[[torch.Tensor], torch.Tensor]
     filter_threshold: Callable[..., torch.Tensor]
+    edit_logits: Callable[..., torch.Tensor]
+    record_tokens: Callable[..., None]
 
 
 def _collect(suffix: str) -> Ops:
