@@ -12,46 +12,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from tqdm import tqdm
 
+from benchmarks.processes import EngineProcesses, ProcessUse, own_use
 from benchmarks.workloads import LengthRange, random_ids
 from frontend import AsyncClient, EngineError, SamplingParams
-from protocol.address import engine_pid
 from protocol.messages import Stats
 
-try:
-    import psutil
-except ImportError:
-    sys.exit("error: the soak looks at processes with psutil, which comes with `pip install -e '.[test]'`")
-
-_MIB = 1024 * 1024
 _INPUT_LEN, _OUTPUT_LEN = LengthRange(4, 32), LengthRange(1, 16)
 # What a client does with a request, and how often.
 _KINDS = {"run": 5, "stream": 3, "leave": 1, "cancel": 1}
 _IDLE_PATIENCE_S = 10.0
 # A file or a thread more may be one that is in use at the moment of looking.
 _MORE_FILES, _MORE_THREADS = 2, 2
-
-
-@dataclass(frozen=True, slots=True)
-class ProcessUse:
-    """Resident memory in MiB, open file descriptors, threads."""
-
-    memory: float
-    files: int
-    threads: int
-
-    def __str__(self) -> str:
-        return f"{self.memory:.1f}, {self.files}, {self.threads}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +91,7 @@ class Engine:
     def __init__(self, client: AsyncClient) -> None:
         """Raises EngineError if the engine's processes cannot be found."""
         self._client = client
-        pid = engine_pid(client.address)
-        if pid is None or not psutil.pid_exists(pid):
-            raise EngineError(f"the processes of the engine at {client.address} cannot be seen from here")
-        self._launcher = psutil.Process(pid)
+        self._processes = EngineProcesses(client.address)
 
     async def look(self, num_requests: int) -> Snapshot:
         return self._snapshot(num_requests, await self._client.stats())
@@ -133,33 +109,12 @@ class Engine:
     def _snapshot(self, num_requests: int, stats: Stats) -> Snapshot:
         return Snapshot(
             num_requests=num_requests,
-            processes=dict(self._processes()),
+            processes={"client": own_use(), **self._processes.look()},
             gpu_memory=_gpu_memory(),
             num_free_blocks=stats.num_free_blocks,
             num_blocks=stats.num_blocks,
             num_running=stats.num_running,
         )
-
-    def _processes(self) -> Iterator[tuple[str, ProcessUse]]:
-        yield "client", _use_of(psutil.Process())
-        for process in [self._launcher, *self._launcher.children(recursive=True)]:
-            # A child may end while it is being looked at.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                yield _name_of(process), _use_of(process)
-
-
-def _use_of(process: psutil.Process) -> ProcessUse:
-    with process.oneshot():
-        return ProcessUse(process.memory_info().rss / _MIB, process.num_fds(), process.num_threads())
-
-
-def _name_of(process: psutil.Process) -> str:
-    """The module or the file that a Python process runs."""
-    command = process.cmdline()
-    if "-m" in command[:-1]:
-        return command[command.index("-m") + 1]
-    scripts = [Path(part).name for part in command if part.endswith(".py")]
-    return scripts[0] if scripts else process.name()
 
 
 def _gpu_memory() -> int | None:
