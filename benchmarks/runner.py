@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -136,6 +136,43 @@ async def run_workload(transport: Transport, workload: Workload, show_progress: 
             results.append(result)
             tasks.append(asyncio.create_task(run_one(request, result)))
         await asyncio.gather(*tasks)
+    return results
+
+
+async def run_users(
+    transport: Transport,
+    workload: Workload,
+    requests: Iterator[BenchmarkRequest],
+    duration_s: float,
+    show_progress: bool = True,
+) -> list[RequestResult]:
+    """A run of `workload.concurrency` users: each sends its next request when its last has ended, for `duration_s`.
+
+    `requests` is endless and stands in for the workload's own. Those under way when the time is over run to their end;
+    after one that failed nothing more is sent. Results are in the order sent.
+    """
+    results: list[RequestResult] = []
+    has_failed = False
+    start = time.perf_counter()
+    with tqdm(
+        total=duration_s,
+        desc=workload.name,
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+        disable=not show_progress,
+        dynamic_ncols=True,
+    ) as bar:
+
+        async def use() -> None:
+            nonlocal has_failed
+            while time.perf_counter() - start < duration_s and not has_failed:
+                result, task = start_request(transport, next(requests), workload.temperature)
+                results.append(result)
+                await task
+                has_failed |= result.error is not None
+                bar.set_postfix_str(f"{len(results)} requests", refresh=False)
+                bar.update(min(duration_s, time.perf_counter() - start) - bar.n)
+
+        await asyncio.gather(*(use() for _ in range(workload.concurrency or 1)))
     return results
 
 
