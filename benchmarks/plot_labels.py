@@ -72,7 +72,8 @@ def place_labels(axes: Axes, series: Sequence[Sequence[Label]]) -> list[Annotati
             annotation.remove()
             continue
         annotation.set_position((x, y))
-        taken.append(at_point.translated(x * pixels, y * pixels))
+        # Numbers that touch would read as one.
+        taken.append(at_point.translated(x * pixels, y * pixels).padded(2 * pixels, 0))
         placed.append(annotation)
     return placed
 
