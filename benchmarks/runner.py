@@ -19,6 +19,9 @@ from tqdm import tqdm
 
 from benchmarks.workloads import BenchmarkRequest, Workload
 
+# How often a progress bar of time is moved.
+_TICK_S = 0.25
+
 
 @dataclass(slots=True)
 class RequestResult:
@@ -114,13 +117,20 @@ def settle() -> None:
     gc.freeze()
 
 
-async def run_workload(transport: Transport, workload: Workload, show_progress: bool = True) -> list[RequestResult]:
-    """One run. Results are in the order of the requests."""
+async def run_workload(
+    transport: Transport, workload: Workload, show_progress: bool = True, keep_bar: bool = True
+) -> list[RequestResult]:
+    """One run. Results are in the order of the requests. The progress bar stays when it is full, or makes room."""
     slots = asyncio.Semaphore(workload.concurrency or len(workload.requests))
     results: list[RequestResult] = []
     tasks: list[asyncio.Task[None]] = []
     with tqdm(
-        total=workload.output_tokens, desc=workload.name, unit="tok", disable=not show_progress, dynamic_ncols=True
+        total=workload.output_tokens,
+        desc=workload.name,
+        unit="tok",
+        disable=not show_progress,
+        dynamic_ncols=True,
+        leave=keep_bar,
     ) as bar:
 
         async def run_one(request: BenchmarkRequest, result: RequestResult) -> None:
@@ -145,6 +155,7 @@ async def run_users(
     requests: Iterator[BenchmarkRequest],
     duration_s: float,
     show_progress: bool = True,
+    keep_bar: bool = True,
 ) -> list[RequestResult]:
     """A run of `workload.concurrency` users: each sends its next request when its last has ended, for `duration_s`.
 
@@ -160,7 +171,14 @@ async def run_users(
         bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
         disable=not show_progress,
         dynamic_ncols=True,
+        leave=keep_bar,
     ) as bar:
+
+        async def show_time() -> None:
+            while not bar.disable:
+                bar.set_postfix_str(f"{len(results)} requests sent", refresh=False)
+                bar.update(min(duration_s, time.perf_counter() - start) - bar.n)
+                await asyncio.sleep(_TICK_S)
 
         async def use() -> None:
             nonlocal has_failed
@@ -169,10 +187,12 @@ async def run_users(
                 results.append(result)
                 await task
                 has_failed |= result.error is not None
-                bar.set_postfix_str(f"{len(results)} requests", refresh=False)
-                bar.update(min(duration_s, time.perf_counter() - start) - bar.n)
 
-        await asyncio.gather(*(use() for _ in range(workload.concurrency or 1)))
+        clock = asyncio.create_task(show_time())
+        try:
+            await asyncio.gather(*(use() for _ in range(workload.concurrency or 1)))
+        finally:
+            clock.cancel()
     return results
 
 

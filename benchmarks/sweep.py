@@ -186,7 +186,7 @@ class Measurement:
         short = LengthRange(output_len, output_len)
         requests = new_requests(count, plan.input_len, short, self._vocab_size, random.Random())
         workload = Workload("warm-up", requests, plan.temperature)
-        require_whole(await run_workload(self._transport, workload, self._show_progress))
+        require_whole(await run_workload(self._transport, workload, self._show_progress, keep_bar=False))
 
     async def points(self) -> AsyncIterator[Point]:
         """Raises RequestsFailedError when a request went wrong: its point does not count, and no later one is run."""
@@ -203,14 +203,14 @@ class Measurement:
         if plan.duration_s is not None and not is_rate:
             workload = Workload(name, [], plan.temperature, concurrency=int(load))
             results = await run_users(
-                self._transport, workload, self._endless(lengths), plan.duration_s, self._show_progress
+                self._transport, workload, self._endless(lengths), plan.duration_s, self._show_progress, keep_bar=False
             )
         else:
             count = plan.num_requests or max(1, round(load * (plan.duration_s or 0)))
             requests = new_requests(count, plan.input_len, plan.output_len, self._vocab_size, lengths)
             rate, concurrency = (load, None) if is_rate else (None, int(load))
             workload = Workload(name, requests, plan.temperature, rate, concurrency, plan.seed)
-            results = await run_workload(self._transport, workload, self._show_progress)
+            results = await run_workload(self._transport, workload, self._show_progress, keep_bar=False)
         require_whole(results)
         return RunReport.of(workload, results)
 
