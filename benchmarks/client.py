@@ -15,6 +15,7 @@ import dataclasses
 import statistics
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,8 @@ def _lengths(text: str) -> tuple[int, ...]:
     return lengths
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.client", description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--workload", choices=NAMES + online.NAMES, help="a named workload; without one, the options below make one"
-    )
+def add_target_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `connect` and `id_bound` read."""
     target = parser.add_argument_group("what is measured")
     target.add_argument("--ipc", help="the engine's ipc:// address (default: this user's engine)")
     target.add_argument("--http", metavar="URL", help="measure an OpenAI-compatible server instead")
@@ -60,6 +58,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     target.add_argument(
         "--vocab-size", type=int, help="bound of the random ids (default: the engine's, at most 10,000)"
     )
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.client", description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "--workload", choices=NAMES + online.NAMES, help="a named workload; without one, the options below make one"
+    )
+    add_target_options(parser)
     custom = parser.add_argument_group("a workload of your own, or another size of an online one")
     custom.add_argument(
         "--num-requests", type=int, help="default: 100; online: of each prompt length, or those that arrive"
@@ -153,10 +159,15 @@ async def connect(arguments: argparse.Namespace) -> Transport:
     return IpcTransport(client)
 
 
+async def id_bound(arguments: argparse.Namespace, transport: Transport) -> int:
+    """The vocabulary that random ids are drawn from."""
+    return arguments.vocab_size or await transport.vocab_size() or MAX_TOKEN_ID + 1
+
+
 async def run(arguments: argparse.Namespace) -> int:
     transport = await connect(arguments)
     try:
-        vocab_size = arguments.vocab_size or await transport.vocab_size() or MAX_TOKEN_ID + 1
+        vocab_size = await id_bound(arguments, transport)
         measure = measure_online if arguments.workload in online.NAMES else measure_throughput
         workload, runs = await measure(arguments, transport, vocab_size)
     except RequestsFailedError as error:
@@ -228,8 +239,8 @@ async def _online_report(workloads: online.OnlineWorkloads, plan: online.Plan) -
     return poisson_report(await workloads.poisson(plan))
 
 
-def main() -> int:
-    arguments = parse_arguments()
+def exit_code(measurement: Coroutine[Any, Any, int]) -> int:
+    """Runs a measurement to its exit code: 2 and a line on stderr if there is no engine or a setting is wrong."""
     try:
         import uvloop
     except ImportError:
@@ -237,12 +248,16 @@ def main() -> int:
     else:
         runner = uvloop.run
     try:
-        return runner(run(arguments))
+        return runner(measurement)
     except (EngineError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def main() -> int:
+    return exit_code(run(parse_arguments()))
 
 
 if __name__ == "__main__":

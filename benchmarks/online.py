@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from benchmarks.runner import RequestResult, Transport, require_whole, run_workload, start_request
-from benchmarks.workloads import BenchmarkRequest, LengthRange, Workload, random_ids
+from benchmarks.workloads import BenchmarkRequest, LengthRange, Workload, new_requests
 
 NAMES = ("idle", "arrival", "arrival-long", "poisson")
 _GREEDY = 0.0
@@ -141,7 +141,6 @@ class OnlineWorkloads:
         self._vocab_size = vocab_size
         self._seed = seed
         self._chooser = random.Random(seed)
-        self._new_ids = random.Random()
         self._warm_up = warm_up
         self._show_progress = show_progress
 
@@ -245,9 +244,4 @@ class OnlineWorkloads:
         return results
 
     def _requests(self, count: int, input_len: LengthRange, output_len: LengthRange) -> list[BenchmarkRequest]:
-        """Requests with lengths of the seed and ids that nobody has drawn before."""
-        lengths = [(input_len.draw(self._chooser), output_len.draw(self._chooser)) for _ in range(count)]
-        return [
-            BenchmarkRequest(random_ids(self._new_ids, prompt_len, self._vocab_size), answer_len)
-            for prompt_len, answer_len in lengths
-        ]
+        return new_requests(count, input_len, output_len, self._vocab_size, self._chooser)

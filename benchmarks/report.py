@@ -13,7 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from benchmarks.runner import RequestResult
 from benchmarks.workloads import Workload
@@ -23,15 +25,16 @@ _PERCENTILES = (50, 95, 99, 100)
 _PACKAGES = ("mini-vllm", "msgspec", "pyzmq", "httptools", "uvloop")
 
 
+Milliseconds = Annotated[float, Meta(ge=0)]
+
+
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Milliseconds."""
-
-    mean: float
-    p50: float
-    p95: float
-    p99: float
-    max: float
+    mean: Milliseconds
+    p50: Milliseconds
+    p95: Milliseconds
+    p99: Milliseconds
+    max: Milliseconds
 
     @staticmethod
     def of(seconds: Sequence[float]) -> Distribution | None:
@@ -144,7 +147,14 @@ def save_json(
     path: Path, workload: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], target: Mapping[str, str | int]
 ) -> None:
     """Writes what was run, the figures and times of every run, and where it was measured."""
-    data: dict[str, Any] = {
+    data = {**provenance(target), "workload": dict(workload), "runs": list(runs)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def provenance(target: Mapping[str, str | int]) -> dict[str, Any]:
+    """Where saved figures come from: when, by which command, of which engine, on which machine."""
+    return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv[1:],
         "target": dict(target),
@@ -154,11 +164,7 @@ def save_json(
             "python": platform.python_version(),
             **_versions(),
         },
-        "workload": dict(workload),
-        "runs": list(runs),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data))
 
 
 def _versions() -> dict[str, str]:

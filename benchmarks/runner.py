@@ -11,13 +11,16 @@ import itertools
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from tqdm import tqdm
 
 from benchmarks.workloads import BenchmarkRequest, Workload
+
+# How often a progress bar of time is moved.
+_TICK_S = 0.25
 
 
 @dataclass(slots=True)
@@ -114,13 +117,20 @@ def settle() -> None:
     gc.freeze()
 
 
-async def run_workload(transport: Transport, workload: Workload, show_progress: bool = True) -> list[RequestResult]:
-    """One run. Results are in the order of the requests."""
+async def run_workload(
+    transport: Transport, workload: Workload, show_progress: bool = True, keep_bar: bool = True
+) -> list[RequestResult]:
+    """One run. Results are in the order of the requests. The progress bar stays when it is full, or makes room."""
     slots = asyncio.Semaphore(workload.concurrency or len(workload.requests))
     results: list[RequestResult] = []
     tasks: list[asyncio.Task[None]] = []
     with tqdm(
-        total=workload.output_tokens, desc=workload.name, unit="tok", disable=not show_progress, dynamic_ncols=True
+        total=workload.output_tokens,
+        desc=workload.name,
+        unit="tok",
+        disable=not show_progress,
+        dynamic_ncols=True,
+        leave=keep_bar,
     ) as bar:
 
         async def run_one(request: BenchmarkRequest, result: RequestResult) -> None:
@@ -136,6 +146,53 @@ async def run_workload(transport: Transport, workload: Workload, show_progress: 
             results.append(result)
             tasks.append(asyncio.create_task(run_one(request, result)))
         await asyncio.gather(*tasks)
+    return results
+
+
+async def run_users(
+    transport: Transport,
+    workload: Workload,
+    requests: Iterator[BenchmarkRequest],
+    duration_s: float,
+    show_progress: bool = True,
+    keep_bar: bool = True,
+) -> list[RequestResult]:
+    """A run of `workload.concurrency` users: each sends its next request when its last has ended, for `duration_s`.
+
+    `requests` is endless and stands in for the workload's own. Those under way when the time is over run to their end;
+    after one that failed nothing more is sent. Results are in the order sent.
+    """
+    results: list[RequestResult] = []
+    has_failed = False
+    start = time.perf_counter()
+    with tqdm(
+        total=duration_s,
+        desc=workload.name,
+        bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
+        disable=not show_progress,
+        dynamic_ncols=True,
+        leave=keep_bar,
+    ) as bar:
+
+        async def show_time() -> None:
+            while not bar.disable:
+                bar.set_postfix_str(f"{len(results)} requests sent", refresh=False)
+                bar.update(min(duration_s, time.perf_counter() - start) - bar.n)
+                await asyncio.sleep(_TICK_S)
+
+        async def use() -> None:
+            nonlocal has_failed
+            while time.perf_counter() - start < duration_s and not has_failed:
+                result, task = start_request(transport, next(requests), workload.temperature)
+                results.append(result)
+                await task
+                has_failed |= result.error is not None
+
+        clock = asyncio.create_task(show_time())
+        try:
+            await asyncio.gather(*(use() for _ in range(workload.concurrency or 1)))
+        finally:
+            clock.cancel()
     return results
 
 

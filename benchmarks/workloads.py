@@ -81,6 +81,9 @@ class LengthRange:
             raise ValueError(f"a length must be at least 1 and a range must ascend, got {text!r}")
         return bounds
 
+    def __str__(self) -> str:
+        return str(self.low) if self.low == self.high else f"{self.low}-{self.high}"
+
     def draw(self, chooser: random.Random) -> int:
         return chooser.randint(self.low, self.high)
 
@@ -122,6 +125,17 @@ def random_requests(
     return [
         BenchmarkRequest(prefix + random_ids(chooser, input_len.draw(chooser), vocab_size), output_len.draw(chooser))
         for _ in range(count)
+    ]
+
+
+def new_requests(
+    count: int, input_len: LengthRange, output_len: LengthRange, vocab_size: int, lengths: random.Random
+) -> list[BenchmarkRequest]:
+    """Requests with lengths drawn from `lengths` and ids that nobody has drawn before: no prefix cache has them."""
+    chooser = random.Random()
+    drawn = [(input_len.draw(lengths), output_len.draw(lengths)) for _ in range(count)]
+    return [
+        BenchmarkRequest(random_ids(chooser, prompt_len, vocab_size), answer_len) for prompt_len, answer_len in drawn
     ]
 
 

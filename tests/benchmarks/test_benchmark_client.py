@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from benchmarks.client import parse_arguments, run
-from protocol.messages import Failed, Finished, Generate, Message, Outputs, TokenPrompt, pack_ints, unpack_ints
-from tests.support.scripted_engine import ScriptedEngine
+from protocol.messages import TokenPrompt, unpack_ints
+from tests.support.counting_engine import VOCAB_SIZE, CountingEngine
 
-VOCAB_SIZE = 50
 SMALL = ["--num-requests", "6", "--input-len", "3-9", "--output-len", "2-5", "--no-warmup"]
 
 
@@ -29,41 +28,16 @@ async def measure(*flags: str) -> int:
 # --- over IPC -------------------------------------------------------------------------------------------------------
 
 
-class IpcEngine(ScriptedEngine):
-    """Answers each request with as many tokens as it asks for, one a message, or with its failure."""
-
-    def __init__(self, address: str) -> None:
-        super().__init__(address, VOCAB_SIZE)
-        self.seen: list[Generate] = []
-        self.missing_tokens = 0
-        self.failure: str | None = None
-
-    def answers(self, message: Message) -> Iterator[Message]:
-        if isinstance(message, Generate):
-            self.seen.append(message)
-            yield from self._answers(message)
-
-    def _answers(self, request: Generate) -> Iterator[Outputs | Failed]:
-        request_id = request.request_id
-        if self.failure is not None:
-            yield Failed(request_id, "failed", self.failure)
-            return
-        assert request.params.max_tokens is not None
-        for _ in range(request.params.max_tokens - self.missing_tokens):
-            yield Outputs(pack_ints([request_id], "<i8"), pack_ints([7]))
-        yield Outputs(b"", b"", [], [Finished(request_id, "length", num_cached_tokens=2)])
-
-
 @pytest.fixture
-def ipc_engine(tmp_path: Path) -> Iterator[IpcEngine]:
-    engine = IpcEngine(f"ipc://{tmp_path}/engine.sock")
+def ipc_engine(tmp_path: Path) -> Iterator[CountingEngine]:
+    engine = CountingEngine(f"ipc://{tmp_path}/engine.sock")
     engine.start()
     yield engine
     engine.stop()
 
 
 async def test_ipc_requests_are_what_was_asked_for_and_all_figures_are_saved(
-    ipc_engine: IpcEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ipc_engine: CountingEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.json"
     flags = ["--ipc", ipc_engine.address, *SMALL, "--temperature", "0.5", "--runs", "2", "--json", str(file)]
@@ -86,7 +60,7 @@ async def test_ipc_requests_are_what_was_asked_for_and_all_figures_are_saved(
         assert request["cached_len"] == 2
 
 
-async def test_a_warm_up_run_is_not_counted(ipc_engine: IpcEngine, tmp_path: Path) -> None:
+async def test_a_warm_up_run_is_not_counted(ipc_engine: CountingEngine, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     assert await measure("--ipc", ipc_engine.address, *SMALL, "--warmup", "--json", str(file)) == 0
     assert len(ipc_engine.seen) == 12
@@ -94,7 +68,7 @@ async def test_a_warm_up_run_is_not_counted(ipc_engine: IpcEngine, tmp_path: Pat
 
 
 async def test_tokens_lost_over_ipc_fail_the_run(
-    ipc_engine: IpcEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ipc_engine: CountingEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ipc_engine.missing_tokens = 1
     file = tmp_path / "run.json"
@@ -107,21 +81,21 @@ async def test_tokens_lost_over_ipc_fail_the_run(
 
 
 async def test_a_request_that_fails_over_ipc_fails_the_run(
-    ipc_engine: IpcEngine, capsys: pytest.CaptureFixture[str]
+    ipc_engine: CountingEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ipc_engine.failure = "not a number"
     assert await measure("--ipc", ipc_engine.address, *SMALL) == 1
     assert "request 0: not a number" in capsys.readouterr().err
 
 
-async def test_no_more_requests_are_under_way_than_allowed(ipc_engine: IpcEngine, tmp_path: Path) -> None:
+async def test_no_more_requests_are_under_way_than_allowed(ipc_engine: CountingEngine, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     assert await measure("--ipc", ipc_engine.address, *SMALL, "--concurrency", "1", "--json", str(file)) == 0
     requests = json.loads(file.read_text())["runs"][0]["requests"]
     assert all(later["sent"] >= earlier["token_times"][-1] for earlier, later in itertools.pairwise(requests))
 
 
-async def test_arrivals_have_the_rate_asked_for(ipc_engine: IpcEngine, tmp_path: Path) -> None:
+async def test_arrivals_have_the_rate_asked_for(ipc_engine: CountingEngine, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     flags = ["--ipc", ipc_engine.address, *SMALL, "--num-requests", "200", "--request-rate", "400"]
     assert await measure(*flags, "--json", str(file)) == 0
@@ -132,7 +106,7 @@ async def test_arrivals_have_the_rate_asked_for(ipc_engine: IpcEngine, tmp_path:
 
 
 async def test_an_online_workload_is_measured_and_saved(
-    ipc_engine: IpcEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ipc_engine: CountingEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "run.json"
     size = ["--prompt-lens", "3,600", "--num-requests", "2", "--streams", "3", "--output-len", "5", "--no-warmup"]
@@ -148,7 +122,7 @@ async def test_an_online_workload_is_measured_and_saved(
 
 
 async def test_tokens_lost_in_an_online_workload_fail_it(
-    ipc_engine: IpcEngine, capsys: pytest.CaptureFixture[str]
+    ipc_engine: CountingEngine, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ipc_engine.missing_tokens = 1
     assert await measure("--ipc", ipc_engine.address, "--workload", "poisson", "--num-requests", "4") == 1
