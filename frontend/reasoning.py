@@ -10,7 +10,7 @@ from typing import Literal
 
 from frontend.tags import beginning_of
 
-_OPEN, _CLOSE = "<think>", "</think>"
+OPENING_TAG, CLOSING_TAG = "<think>", "</think>"
 
 # Before an answer or in it: thoughts may still begin, their tag is open, they have begun, or they cannot come any more.
 Thinking = Literal["undecided", "open", "begun", "over"]
@@ -19,18 +19,18 @@ Thinking = Literal["undecided", "open", "begun", "over"]
 def thinking_after_prompt(prompt_end: str) -> Thinking:
     """Where an answer starts, by the last characters of the prompt, which the chat template wrote."""
     prompt_end = prompt_end.rstrip()
-    if prompt_end.endswith(_CLOSE):
+    if prompt_end.endswith(CLOSING_TAG):
         return "over"
-    return "open" if prompt_end.endswith(_OPEN) else "undecided"
+    return "open" if prompt_end.endswith(OPENING_TAG) else "undecided"
 
 
 def thinking_after_beginning(answer: str) -> Thinking:
     """Where an answer goes on of which `answer` is written already."""
-    if not answer.lstrip().startswith(_OPEN):
+    if not answer.lstrip().startswith(OPENING_TAG):
         return "over" if answer.strip() else "undecided"
-    if _CLOSE in answer:
+    if CLOSING_TAG in answer:
         return "over"
-    return "begun" if answer.strip() != _OPEN else "open"
+    return "begun" if answer.strip() != OPENING_TAG else "open"
 
 
 class ReasoningParser:
@@ -69,10 +69,10 @@ class ReasoningParser:
 
     def _decide(self, text: str) -> str:
         start = text.lstrip()
-        if start.startswith(_OPEN):
+        if start.startswith(OPENING_TAG):
             self._state = "open"
-            return start.removeprefix(_OPEN)
-        if _OPEN.startswith(start):
+            return start.removeprefix(OPENING_TAG)
+        if OPENING_TAG.startswith(start):
             self._held = text
             return ""
         self._state = "over"
@@ -82,11 +82,11 @@ class ReasoningParser:
         """The thoughts in `text` and what follows them."""
         if self._state == "open":
             text = text.lstrip("\n")
-        thoughts, closed, rest = text.partition(_CLOSE)
+        thoughts, closed, rest = text.partition(CLOSING_TAG)
         if closed:
             self._state = "closed"
             return thoughts.rstrip("\n"), rest
-        final = text[: beginning_of(_CLOSE, text)].rstrip("\n")
+        final = text[: beginning_of(CLOSING_TAG, text)].rstrip("\n")
         self._held = text[len(final) :]
         if final:
             self._state = "begun"

@@ -11,8 +11,8 @@ from typing import Any
 
 from frontend.chat.settings import Settings, shown
 from frontend.chat.terminal import Terminal
-from frontend.chat.thoughts import CLOSING, OPENING, Piece, ThoughtSplitter
 from frontend.client import Client
+from frontend.reasoning import CLOSING_TAG, OPENING_TAG, ReasoningParser
 from protocol.errors import EngineUnavailableError, InvalidRequestError, RequestFailedError
 
 COMMANDS = {
@@ -125,16 +125,17 @@ class Session:
         """Asks, shows the answer as it comes, and keeps both if there was one."""
         system = [{"role": "system", "content": self._system}] if self._system else []
         turns: list[dict[str, Any]] = [*system, *self._turns, {"role": "user", "content": message}]
-        splitter, said, speed = ThoughtSplitter(), [], _Speed()
+        parser, speed = ReasoningParser(), _Speed()
+        said: list[str] = []
         reason: str | None = None
         try:
             # Leaving the stream, however, aborts the request in the engine.
             with closing(self._client.stream(turns, self._settings.params)) as chunks:  # type: ignore[type-var]
                 for chunk in chunks:
                     speed.count(len(chunk.token_ids))
-                    said += self._write(splitter.feed(chunk.text))
+                    said.append(self._write(*parser.feed(chunk.text)))
                     reason = chunk.finish_reason
-            said += self._write(splitter.flush())
+            said.append(self._write(*parser.flush()))
         except KeyboardInterrupt:
             reason = "interrupt"
         except InvalidRequestError as error:
@@ -154,27 +155,26 @@ class Session:
             self._terminal.notice(_FULL)
         if self._terminal.is_interactive:
             self._terminal.notice("")
-        if said:
+        if any(said):
             self._turns += [turns[-1], {"role": "assistant", "content": "".join(said)}]
 
-    def _write(self, pieces: list[Piece]) -> list[str]:
-        """Shows pieces of an answer and returns what was said in them."""
-        for piece in pieces:
-            if piece.kind == "thought":
-                if not self._is_thinking:
-                    self._begin_thoughts()
-                self._terminal.write_answer(piece.text, "dim")
-            else:
-                self._end_thoughts()
-                self._terminal.write_answer(piece.text)
-        return [piece.text for piece in pieces if piece.kind == "said"]
+    def _write(self, thoughts: str, said: str) -> str:
+        """Shows a piece of an answer and returns what is said in it."""
+        if thoughts:
+            if not self._is_thinking:
+                self._begin_thoughts()
+            self._terminal.write_answer(thoughts, "dim")
+        if said:
+            self._end_thoughts()
+            self._terminal.write_answer(said)
+        return said
 
     _is_thinking = False
 
     def _begin_thoughts(self) -> None:
         self._is_thinking = True
         if not self._terminal.is_styled:
-            self._terminal.write_answer(f"{OPENING}\n")
+            self._terminal.write_answer(f"{OPENING_TAG}\n")
 
     def _end_thoughts(self) -> None:
         if not self._is_thinking:
@@ -182,7 +182,7 @@ class Session:
         self._is_thinking = False
         self._terminal.end_answer()
         # Where thoughts cannot be dimmed, they stay between their tags.
-        self._terminal.write_answer("\n" if self._terminal.is_styled else f"{CLOSING}\n\n")
+        self._terminal.write_answer("\n" if self._terminal.is_styled else f"{CLOSING_TAG}\n\n")
 
     def _summary(self, reason: str | None, speed: _Speed) -> str:
         parts = [str(speed)]
