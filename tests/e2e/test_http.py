@@ -327,7 +327,6 @@ def test_json_that_goes_wrong_later_is_refused(engine: RunningEngine, body: byte
         ("DELETE", TEXT, 405),
         ("POST", "/v1/models", 405),
         ("POST", "/health", 405),
-        ("GET", "/", 404),
         ("POST", "/v1/embeddings", 404),
         ("POST", "/v1/completions/", 404),
     ],
