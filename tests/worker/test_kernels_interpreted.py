@@ -42,11 +42,14 @@ def test_silu_mul(tokens: int, intermediate: int) -> None:
     torch.testing.assert_close(KERNELS.silu_mul(gate_up), REFERENCES.silu_mul(gate_up))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 16, 17, 64, 65])
-@pytest.mark.parametrize(
-    ("outputs", "inputs"), [(48, 64), (50, 100), (130, 1030), (3, 2100), (64, 256), (64, 2560), (2048, 128)]
-)
-def test_fused_linears(outputs: int, inputs: int, rows: int) -> None:
+FEW_ROWS = [(rows, shape) for rows in (0, 1, 2, 3, 8, 16) for shape in ((48, 64), (50, 100), (130, 1030), (3, 2100))]
+# From 17 rows on: tiles in one part and in several, and shapes that do not divide into tiles.
+MORE_ROWS = [(17, (64, 256)), (33, (64, 2560)), (64, (2048, 128)), (17, (50, 100)), (65, (64, 256))]
+
+
+@pytest.mark.parametrize(("rows", "shape"), FEW_ROWS + MORE_ROWS)
+def test_fused_linears(rows: int, shape: tuple[int, int]) -> None:
+    outputs, inputs = shape
     x = (torch.randn(rows, inputs + 32) * 2)[:, :-32]
     norm_weight = torch.randn(inputs)
     weight, gate_up = torch.randn(outputs, inputs) / 8, torch.randn(2 * outputs, inputs) / 8
