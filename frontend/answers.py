@@ -82,6 +82,10 @@ class _Answer:
         """Whether a stream has to hand over tokens that make no text yet."""
         return self.with_token_ids or self.logprobs is not None
 
+    @property
+    def has_logprobs(self) -> bool:
+        return self.logprobs is not None or self.options.prompt_logprobs is not None
+
     def _ids(self, token_ids: list[int]) -> list[int] | UnsetType:
         return token_ids if self.with_token_ids else UNSET
 

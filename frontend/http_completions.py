@@ -31,6 +31,7 @@ from frontend.openai_types import (
 )
 from frontend.requests import RunningRequest
 from frontend.service import Service
+from frontend.token_options import check_logprobs_of_all
 from frontend.tool_choice import read_tools, require_free_choice
 from protocol.errors import InvalidRequestError
 from protocol.messages import ChatPrompt, Prompt, TextPrompt
@@ -67,6 +68,9 @@ class Endpoint(ABC):
         if limit is not None and limit_name is not None:
             for ids in token_ids:
                 self._service.prompts.require_room(limit, ids, limit_name)
+        fitting = [self._service.prompts.fit_max_tokens(params, ids) for ids in token_ids]
+        with renamed(names):
+            check_logprobs_of_all(fitting, token_ids, self._service.engine.vocab_size)
         self._service.require_ready()
 
         collector = Collector(len(token_ids) * params.n)
@@ -74,13 +78,12 @@ class Endpoint(ABC):
         requests: list[RunningRequest] = []
         try:
             with renamed(names):
-                for ids in token_ids:
-                    fitting = self._service.prompts.fit_max_tokens(params, ids)
+                for ids, own_params in zip(token_ids, fitting, strict=True):
                     for choice in range(params.n):
                         requests.append(
                             self._service.requests.submit(
                                 ids,
-                                fitting.choice(choice),
+                                own_params.choice(choice),
                                 collector,
                                 len(requests),
                                 stream=bool(fields.stream),

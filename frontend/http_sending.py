@@ -5,6 +5,8 @@ Knows how answers are asked for what they look like, not what that is.
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 from starlette.types import Scope, Send
 
@@ -70,8 +72,15 @@ def _end_of_prompt(finished: Finished) -> Finished:
 
 async def respond(send: Send, answer: Answer, collector: Collector, requests: list[RunningRequest]) -> None:
     choices = await gather(collector, requests, is_prompt_only=answer.is_prompt_only)
-    if choices is not None:
-        await send_json(send, _encode(answer.whole(choices, _usage(answer, collector, requests))))
+    if choices is None:
+        return
+    usage = _usage(answer, collector, requests)
+
+    def encoded() -> bytes:
+        return _encode(answer.whole(choices, usage))
+
+    # Log-probabilities may be many, and running streams do not wait until all are written.
+    await send_json(send, await asyncio.to_thread(encoded) if answer.has_logprobs else encoded())
 
 
 async def send_json(send: Send, body: bytes) -> None:

@@ -407,6 +407,8 @@ def test_chat_fields_that_cannot_be_served_are_named(
         ({"prompt": "a", "echo": 1}, "echo", "got `int`"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "at least 1, got 0"),
         ({"prompt": ["a"] * 20, "n": 128}, "n", "make 2560 answers"),
+        ({"prompt": "a", "n": 128, "logprobs": -1, "max_tokens": 400}, "logprobs", "too large for so many answers"),
+        ({"prompt": [[1] * 200] * 80, "prompt_logprobs": -1}, "prompt_logprobs", "of which 8388608 are allowed"),
         ({"prompt": ["a"] * 2049}, "prompt", "2049 prompts"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "got 'b'"),
         ({"prompt": "a", "messages": HELLO}, "messages", "not a field"),
