@@ -1,6 +1,6 @@
 """The two forms in which completions are answered, chat and plain text: whole, and as a stream of chunks.
 
-Builds bodies from text, token ids and counts; knows nothing of sockets or of running requests.
+Builds bodies from text, token ids and counts, and from what requests have measured; knows nothing of sockets.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
 
 from frontend.answer_parser import AnswerParser, Part, Thoughts
+from frontend.openai_logprobs import LogprobsWriter, PromptLogprobs, TokenNames, prompt_logprobs
 from frontend.openai_responses import (
     ChatChoice,
     ChatChunk,
@@ -26,6 +28,7 @@ from frontend.openai_responses import (
     ToolCallDelta,
     Usage,
 )
+from frontend.requests import RunningRequest
 from frontend.tool_calls import CallDelta
 from protocol.logs import current_request_id
 from protocol.messages import Finished
@@ -36,26 +39,65 @@ class WholeChoice(Struct):
 
     text: str
     token_ids: list[int]
-    prompt_token_ids: list[int]
+    request: RunningRequest
     finished: Finished
+
+
+class AnswerOptions(Struct, kw_only=True):
+    """What is wanted beside the text.
+
+    `with_usage` ends a stream with the counts, and as in the OpenAI API puts a null before into every chunk, or, with
+    `continuous_usage`, the counts so far. `num_choices` is for each prompt. `prompt_logprobs` is the number of
+    alternatives, as in `SamplingParams`.
+    """
+
+    with_token_ids: bool
+    with_usage: bool
+    continuous_usage: bool
+    num_choices: int
+    token_names: TokenNames
+    prompt_logprobs: int | None
 
 
 class _Answer:
     """What is the same in every body of one answer."""
 
     _prefix = ""
+    # Whether the answer is only a prompt that comes back: the tokens behind it are left out.
+    is_prompt_only = False
 
-    def __init__(self, model: str, *, with_token_ids: bool, with_usage: bool) -> None:
-        """`with_usage` ends a stream with the counts, and as in the OpenAI API puts a null before into every chunk."""
+    def __init__(self, model: str, options: AnswerOptions, logprobs: LogprobsWriter | None = None) -> None:
+        """`logprobs` writes those of the answer's tokens, if they are wanted."""
         self._id = self._prefix + (current_request_id.get() or uuid.uuid4().hex)
         self._created = int(time.time())
         self._model = model
-        self.with_token_ids = with_token_ids
-        self.with_usage = with_usage
-        self._no_usage: UnsetType | None = None if with_usage else UNSET
+        self.options = options
+        self.with_token_ids = options.with_token_ids
+        self.with_usage = options.with_usage
+        self.logprobs = logprobs
+        self._no_usage: UnsetType | None = None if options.with_usage else UNSET
+
+    @property
+    def sees_every_token(self) -> bool:
+        """Whether a stream has to hand over tokens that make no text yet."""
+        return self.with_token_ids or self.logprobs is not None
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self.logprobs is not None or self.options.prompt_logprobs is not None
 
     def _ids(self, token_ids: list[int]) -> list[int] | UnsetType:
         return token_ids if self.with_token_ids else UNSET
+
+    def _whole_logprobs(self, index: int, choice: WholeChoice) -> Any:
+        if self.logprobs is None:
+            return None
+        self.logprobs.add(index, choice.token_ids, choice.request)
+        return self.logprobs.take(index)
+
+    def _prompt_logprobs(self, request: RunningRequest) -> PromptLogprobs | UnsetType:
+        width = self.options.prompt_logprobs
+        return UNSET if width is None else prompt_logprobs(self.options.token_names, request, width)
 
 
 class ChatAnswer(_Answer):
@@ -68,12 +110,16 @@ class ChatAnswer(_Answer):
                 message=Message(choice.text),
                 finish_reason=choice.finished.reason,
                 stop_reason=choice.finished.stop_reason,
+                logprobs=self._whole_logprobs(index, choice),
                 token_ids=self._ids(choice.token_ids),
             )
             for index, choice in enumerate(choices)
         ]
-        prompt_token_ids = self._ids(choices[0].prompt_token_ids)
-        return ChatCompletion(self._id, self._created, self._model, body, usage, prompt_token_ids=prompt_token_ids)
+        request = choices[0].request
+        completion = ChatCompletion(self._id, self._created, self._model, body, usage)
+        completion.prompt_token_ids = self._ids(request.prompt_token_ids)
+        completion.prompt_logprobs = self._prompt_logprobs(request)
+        return completion
 
     def first_chunk(self, index: int, prompt_token_ids: list[int]) -> ChatChunk | None:
         chunk = self._chunk([ChatChunkChoice(index, Delta(role="assistant", content=""))])
@@ -81,8 +127,18 @@ class ChatAnswer(_Answer):
         return chunk
 
     def chunk(self, index: int, text: str, token_ids: list[int], finished: Finished | None) -> ChatChunk | None:
-        """What is new in a choice, or None if there is nothing to say yet."""
+        """What is new in a choice, or None if there is nothing to say yet.
+
+        Log-probabilities of tokens that make no text yet come with the next chunk.
+        """
+        if not (text or finished is not None or self.with_token_ids):
+            return None
+        return self._choice_chunk(index, text, token_ids, finished)
+
+    def _choice_chunk(self, index: int, text: str, token_ids: list[int], finished: Finished | None) -> ChatChunk:
         choice = ChatChunkChoice(index, Delta(content=text) if text else Delta(), token_ids=self._ids(token_ids))
+        if self.logprobs is not None:
+            choice.logprobs = self.logprobs.take(index)
         if finished is not None:
             choice.finish_reason, choice.stop_reason = finished.reason, finished.stop_reason
         return self._chunk([choice])
@@ -102,13 +158,13 @@ class ParsedChatAnswer(ChatAnswer):
     def __init__(
         self,
         model: str,
+        options: AnswerOptions,
+        logprobs: LogprobsWriter | None,
         new_parser: Callable[[], AnswerParser],
         *,
         with_reasoning: bool,
-        with_token_ids: bool,
-        with_usage: bool,
     ) -> None:
-        super().__init__(model, with_token_ids=with_token_ids, with_usage=with_usage)
+        super().__init__(model, options, logprobs)
         self._new_parser = new_parser
         self._with_reasoning = with_reasoning
         self._parsers: dict[int, AnswerParser | None] = {}
@@ -141,8 +197,7 @@ class ParsedChatAnswer(ChatAnswer):
             self._parsers[index] = None
         if not (said or thoughts or calls or finished is not None or self.with_token_ids):
             return None
-        chunk = super().chunk(index, said, token_ids, finished)
-        assert chunk is not None
+        chunk = self._choice_chunk(index, said, token_ids, finished)
         (choice,) = chunk.choices
         if thoughts:
             choice.delta.reasoning_content = choice.delta.reasoning = thoughts
@@ -179,15 +234,32 @@ def _new_call_id() -> str:
 class TextAnswer(_Answer):
     _prefix = "cmpl-"
 
+    def __init__(
+        self,
+        model: str,
+        options: AnswerOptions,
+        logprobs: LogprobsWriter | None = None,
+        *,
+        echo: list[str] | None = None,
+        is_prompt_only: bool = False,
+    ) -> None:
+        """`echo` has the text of each prompt, if it is to come back in front of the answers."""
+        super().__init__(model, options, logprobs)
+        self._echo = echo
+        self._echoed: set[int] = set()
+        self.is_prompt_only = is_prompt_only
+
     def whole(self, choices: Sequence[WholeChoice], usage: Usage) -> TextCompletion:
         body = [
             TextChoice(
                 index=index,
-                text=choice.text,
+                text=self._with_echo(index, choice.text),
                 finish_reason=choice.finished.reason,
                 stop_reason=choice.finished.stop_reason,
+                logprobs=self._whole_logprobs(index, choice),
                 token_ids=self._ids(choice.token_ids),
-                prompt_token_ids=self._ids(choice.prompt_token_ids),
+                prompt_token_ids=self._ids(choice.request.prompt_token_ids),
+                prompt_logprobs=self._prompt_logprobs(choice.request),
             )
             for index, choice in enumerate(choices)
         ]
@@ -199,8 +271,14 @@ class TextAnswer(_Answer):
             return None
         return self._chunk([TextChoice(index, "", token_ids=[], prompt_token_ids=prompt_token_ids)])
 
-    def chunk(self, index: int, text: str, token_ids: list[int], finished: Finished | None) -> TextCompletion:
+    def chunk(self, index: int, text: str, token_ids: list[int], finished: Finished | None) -> TextCompletion | None:
+        """As of a chat."""
+        text = self._with_echo(index, text)
+        if not (text or finished is not None or self.with_token_ids):
+            return None
         choice = TextChoice(index, text, token_ids=self._ids(token_ids))
+        if self.logprobs is not None:
+            choice.logprobs = self.logprobs.take(index)
         if finished is not None:
             choice.finish_reason, choice.stop_reason = finished.reason, finished.stop_reason
         return self._chunk([choice])
@@ -209,6 +287,13 @@ class TextAnswer(_Answer):
         chunk = self._chunk([])
         chunk.usage = usage
         return chunk
+
+    def _with_echo(self, index: int, text: str) -> str:
+        """The prompt in front of the first text of a choice."""
+        if self._echo is None or index in self._echoed:
+            return text
+        self._echoed.add(index)
+        return self._echo[index // self.options.num_choices] + text
 
     def _chunk(self, choices: list[TextChoice]) -> TextCompletion:
         return TextCompletion(self._id, self._created, self._model, choices, usage=self._no_usage)

@@ -14,7 +14,8 @@ import tokenizers
 from tokenizers import decoders
 
 _Utf8Decoder = codecs.getincrementaldecoder("utf-8")
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# How vocabularies that are not byte-level write a single byte.
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class Detokenizer(Protocol):
@@ -70,7 +71,7 @@ class WindowDetokenizer:
         token = self._backend.id_to_token(token_id)
         if token is not None and token_id not in self._skipped:
             # A run of byte tokens is decoded as a whole, so its first characters are not final before the run ends.
-            self._in_byte_run = _BYTE_TOKEN.fullmatch(token) is not None
+            self._in_byte_run = BYTE_TOKEN.fullmatch(token) is not None
         before = self._text(self._window_start, self._window_end)
         after = self._text(self._window_start)
         unfinished = self._in_byte_run or after.endswith("\ufffd")

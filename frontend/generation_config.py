@@ -6,7 +6,6 @@ Read from the model directory's generation_config.json, as vLLM does.
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,15 @@ from msgspec import Struct
 from protocol.errors import ConfigError, InvalidRequestError
 from protocol.sampling import SamplingParams
 
-logger = logging.getLogger(__name__)
-
-# Values that would change the answers and that this engine cannot apply, with what they are when they do nothing.
-_NOT_APPLIED = {"repetition_penalty": 1.0}
-
 
 class SamplingDefaults(Struct, frozen=True):
-    """What holds when a request does not say: 1.0 and all tokens, unless the model recommends otherwise."""
+    """What holds when a request does not say: 1.0, all tokens and no penalty, unless the model recommends otherwise."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def load_sampling_defaults(model_path: Path) -> SamplingDefaults:
@@ -42,7 +37,4 @@ def load_sampling_defaults(model_path: Path) -> SamplingDefaults:
     except (OSError, ValueError, AttributeError) as error:
         reason = error.message if isinstance(error, InvalidRequestError) else error
         raise ConfigError(f"{file} cannot be used: {reason}") from error
-    for name, neutral in _NOT_APPLIED.items():
-        if config.get(name, neutral) not in (None, neutral):
-            logger.warning("%s: %s = %r is not applied", file, name, config[name])
     return SamplingDefaults(**given)

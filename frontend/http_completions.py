@@ -1,4 +1,4 @@
-"""The two completion endpoints: from a body to running requests, and from their outputs to a response or a stream.
+"""The two completion endpoints: from a body to running requests, and to what makes the response of their outputs.
 
 Whatever ends an exchange early, an error, a client that leaves or a server that stops, its requests are aborted.
 """
@@ -10,41 +10,37 @@ import time
 from abc import ABC, abstractmethod
 from typing import Any
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from frontend.answers import Answer, ChatAnswer, ParsedChatAnswer, TextAnswer, WholeChoice
+from frontend.answers import AnswerOptions, ChatAnswer, ParsedChatAnswer, TextAnswer
 from frontend.collector import Collector
 from frontend.generation_config import SamplingDefaults
-from frontend.http_errors import error_body, require_model
+from frontend.http_errors import require_model
 from frontend.http_exchange import exchange_of
-from frontend.openai_responses import PromptTokensDetails, Usage
+from frontend.http_sending import EventStream, respond, stream_events
+from frontend.openai_logprobs import ChatLogprobsWriter, TextLogprobsWriter, TokenNames
 from frontend.openai_types import (
     CHAT_REQUEST,
     COMPLETION_REQUEST,
     ChatFields,
     CompletionFields,
     RequestFields,
+    renamed,
     sampling_params,
 )
 from frontend.requests import RunningRequest
 from frontend.service import Service
+from frontend.token_options import check_logprobs_of_all
 from frontend.tool_choice import read_tools, require_free_choice
-from protocol.errors import EngineError, InvalidRequestError
+from protocol.errors import InvalidRequestError
 from protocol.messages import ChatPrompt, Prompt, TextPrompt
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 # The OpenAI API's for plain completions; a chat answer may fill the context.
 _DEFAULT_COMPLETION_TOKENS = 16
-
-_encode = msgspec.json.encode
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    # Asks a proxy in between to pass events on as they come.
-    (b"x-accel-buffering", b"no"),
-]
+# Answers to one body, all prompts and choices together: each is a request of its own.
+_MOST_CHOICES = 2048
 
 
 class Endpoint(ABC):
@@ -64,34 +60,41 @@ class Endpoint(ABC):
         fields, prompts = self._decode(body)
         self._check(fields)
         limit, limit_name = self._max_tokens(fields)
-        params = sampling_params(fields, self._defaults, limit, limit_name)
-        token_ids = [await self._token_ids(prompt) for prompt in prompts]
+        names = self._own_names(fields)
+        with renamed(names):
+            params = sampling_params(fields, self._defaults, limit)
+        _require_few(len(prompts), params.n)
+        token_ids = [await self._token_ids(prompt, params.truncate_prompt_tokens) for prompt in prompts]
         if limit is not None and limit_name is not None:
             for ids in token_ids:
                 self._service.prompts.require_room(limit, ids, limit_name)
+        fitting = [self._service.prompts.fit_max_tokens(params, ids) for ids in token_ids]
+        with renamed(names):
+            check_logprobs_of_all(fitting, token_ids, self._service.engine.vocab_size)
         self._service.require_ready()
 
-        stream = bool(fields.stream)
-        collector = Collector(len(token_ids))
+        collector = Collector(len(token_ids) * params.n)
         watcher = asyncio.get_running_loop().create_task(_watch(receive, collector))
         requests: list[RunningRequest] = []
         try:
-            for index, ids in enumerate(token_ids):
-                requests.append(
-                    self._service.requests.submit(
-                        ids,
-                        self._service.prompts.fit_max_tokens(params, ids),
-                        collector,
-                        index,
-                        stream=stream,
-                        priority=fields.priority or 0,
-                        cache_salt=fields.cache_salt,
-                        arrival_time=arrived,
-                    )
-                )
+            with renamed(names):
+                for ids, own_params in zip(token_ids, fitting, strict=True):
+                    for choice in range(params.n):
+                        requests.append(
+                            self._service.requests.submit(
+                                ids,
+                                own_params.choice(choice),
+                                collector,
+                                len(requests),
+                                stream=bool(fields.stream),
+                                priority=fields.priority or 0,
+                                cache_salt=fields.cache_salt,
+                                arrival_time=arrived,
+                            )
+                        )
             answer = self._answer(fields, prompts, token_ids)
-            if stream:
-                await self._send_stream(send, answer, collector, requests)
+            if fields.stream:
+                await self._send_stream(EventStream(scope, send), answer, collector, requests)
             else:
                 await self._send_whole(send, answer, collector, requests)
         finally:
@@ -103,35 +106,52 @@ class Endpoint(ABC):
     def _decode(self, body: bytes) -> tuple[Any, list[Prompt | list[int]]]:
         """The request's fields and its prompts."""
 
-    async def _token_ids(self, prompt: Prompt | list[int]) -> list[int]:
-        return await self._service.prompts.token_ids(prompt)
+    async def _token_ids(self, prompt: Prompt | list[int], truncate: int | None) -> list[int]:
+        return await self._service.prompts.token_ids(prompt, truncate)
 
     @abstractmethod
     def _max_tokens(self, fields: Any) -> tuple[int | None, str | None]:
         """The most tokens to generate, and the name of the field that says so, if one does."""
+
+    def _own_names(self, fields: Any) -> dict[str, str]:
+        """Sampling parameters that the request calls by other names."""
+        _, limit_name = self._max_tokens(fields)
+        return {"max_tokens": limit_name} if limit_name is not None else {}
 
     @abstractmethod
     def _answer(self, fields: Any, prompts: list[Prompt | list[int]], token_ids: list[list[int]]) -> Any:
         """What makes the response out of outputs, behind these prompts, which have these ids."""
 
     async def _send_whole(self, send: Send, answer: Any, collector: Collector, requests: list[RunningRequest]) -> None:
-        await _respond(send, answer, collector, requests)
+        await respond(send, answer, collector, requests)
 
-    async def _send_stream(self, send: Send, answer: Any, collector: Collector, requests: list[RunningRequest]) -> None:
-        await _stream(send, answer, collector, requests)
+    async def _send_stream(
+        self, events: EventStream, answer: Any, collector: Collector, requests: list[RunningRequest]
+    ) -> None:
+        await stream_events(events, answer, collector, requests)
 
     def _check(self, fields: RequestFields) -> None:
         require_model(fields.model, self._service.engine.model)
         if fields.stream_options is not None and not fields.stream:
             raise InvalidRequestError("stream_options needs stream to be true", "stream_options")
+        if fields.stream and fields.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                f"prompt_logprobs has no place in a stream: stream must be false, got prompt_logprobs "
+                f"{fields.prompt_logprobs} with it",
+                "prompt_logprobs",
+            )
 
-    def _answer_options(self, fields: ChatFields | CompletionFields) -> dict[str, Any]:
-        return {
-            "model": self._service.engine.model,
+    def _answer_options(self, fields: ChatFields | CompletionFields) -> AnswerOptions:
+        tokenizer, options = self._service.tokenizer, fields.stream_options
+        return AnswerOptions(
             # Without a tokenizer the ids are all there is to answer with.
-            "with_token_ids": bool(fields.return_token_ids) or self._service.tokenizer is None,
-            "with_usage": fields.stream_options is not None and bool(fields.stream_options.include_usage),
-        }
+            with_token_ids=bool(fields.return_token_ids) or tokenizer is None,
+            with_usage=options is not None and bool(options.include_usage),
+            continuous_usage=options is not None and bool(options.continuous_usage_stats),
+            num_choices=fields.n or 1,
+            token_names=TokenNames(tokenizer, as_token_ids=bool(fields.return_tokens_as_token_ids)),
+            prompt_logprobs=fields.prompt_logprobs,
+        )
 
 
 class ChatEndpoint(Endpoint):
@@ -152,16 +172,21 @@ class ChatEndpoint(Endpoint):
             return fields.max_completion_tokens, "max_completion_tokens"
         return fields.max_tokens, "max_tokens"
 
+    def _own_names(self, fields: ChatFields) -> dict[str, str]:
+        return super()._own_names(fields) | {"logprobs": "top_logprobs"}
+
     def _answer(self, fields: ChatFields, prompts: list[Prompt | list[int]], token_ids: list[list[int]]) -> ChatAnswer:
         (prompt,) = prompts
         assert isinstance(prompt, ChatPrompt)
         new_parser = self._service.answer_format.parser_factory(
             prompt, token_ids[0], parallel=fields.parallel_tool_calls is not False, stream=bool(fields.stream)
         )
+        model, options = self._service.engine.model, self._answer_options(fields)
+        logprobs = ChatLogprobsWriter(options.token_names) if fields.logprobs else None
         if new_parser is None:
-            return ChatAnswer(**self._answer_options(fields))
+            return ChatAnswer(model, options, logprobs)
         with_reasoning = fields.include_reasoning is not False
-        return ParsedChatAnswer(new_parser=new_parser, with_reasoning=with_reasoning, **self._answer_options(fields))
+        return ParsedChatAnswer(model, options, logprobs, new_parser, with_reasoning=with_reasoning)
 
 
 class CompletionEndpoint(Endpoint):
@@ -174,12 +199,46 @@ class CompletionEndpoint(Endpoint):
     def _max_tokens(self, fields: CompletionFields) -> tuple[int | None, str | None]:
         if fields.max_tokens is None:
             return _DEFAULT_COMPLETION_TOKENS, None
-        return fields.max_tokens, "max_tokens"
+        # Nothing but the prompt is wanted: a token is generated all the same, and left out of the answer.
+        return 1 if _is_prompt_only(fields) else fields.max_tokens, "max_tokens"
 
     def _answer(
         self, fields: CompletionFields, prompts: list[Prompt | list[int]], token_ids: list[list[int]]
     ) -> TextAnswer:
-        return TextAnswer(**self._answer_options(fields))
+        options = self._answer_options(fields)
+        logprobs = None
+        if fields.logprobs is not None:
+            skip = fields.skip_special_tokens is not False
+            num_echoed = fields.logprobs if fields.echo else None
+            logprobs = TextLogprobsWriter(options.token_names, skip_special_tokens=skip, num_echoed=num_echoed)
+        echo = None
+        if fields.echo:
+            is_cut = fields.truncate_prompt_tokens is not None
+            echo = [self._echoed(prompt, ids, is_cut) for prompt, ids in zip(prompts, token_ids, strict=True)]
+        is_prompt_only = _is_prompt_only(fields)
+        return TextAnswer(self._service.engine.model, options, logprobs, echo=echo, is_prompt_only=is_prompt_only)
+
+    def _echoed(self, prompt: Prompt | list[int], token_ids: list[int], is_cut: bool) -> str:
+        """A text as it was sent, unless it was cut; else what the ids stand for, as far as the engine knows."""
+        if isinstance(prompt, TextPrompt) and not is_cut:
+            return prompt.text
+        tokenizer = self._service.tokenizer
+        return tokenizer.decode(token_ids, skip_special_tokens=False) if tokenizer is not None else ""
+
+
+def _is_prompt_only(fields: CompletionFields) -> bool:
+    return fields.max_tokens == 0 and bool(fields.echo)
+
+
+def _require_few(num_prompts: int, num_choices: int) -> None:
+    """Raises InvalidRequestError if one body asks for more answers than a frontend lets it have at once."""
+    if num_prompts * num_choices > _MOST_CHOICES:
+        name = "n" if num_choices > 1 else "prompt"
+        raise InvalidRequestError(
+            f"{name} is too large: {num_prompts} prompts with {num_choices} choices each make "
+            f"{num_prompts * num_choices} answers, of which a request may have {_MOST_CHOICES}",
+            name,
+        )
 
 
 async def read_body(scope: Scope, receive: Receive) -> bytes | None:
@@ -211,80 +270,3 @@ async def _watch(receive: Receive, collector: Collector) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     collector.leave()
-
-
-async def gather(collector: Collector, requests: list[RunningRequest]) -> list[WholeChoice] | None:
-    """Waits for all choices to finish; None if the client has left."""
-    whole: list[WholeChoice | None] = [None] * len(requests)
-    while collector.num_unfinished:
-        outputs = await collector.take()
-        if not outputs:
-            return None
-        for choice, text, token_ids in outputs:
-            assert choice.finished is not None
-            prompt_token_ids = requests[choice.index].prompt_token_ids
-            whole[choice.index] = WholeChoice(text, token_ids, prompt_token_ids, choice.finished)
-    return [choice for choice in whole if choice is not None]
-
-
-async def _respond(send: Send, answer: Answer, collector: Collector, requests: list[RunningRequest]) -> None:
-    choices = await gather(collector, requests)
-    if choices is not None:
-        await send_json(send, _encode(answer.whole(choices, usage_of(collector, requests))))
-
-
-async def send_json(send: Send, body: bytes) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _stream(send: Send, answer: Answer, collector: Collector, requests: list[RunningRequest]) -> None:
-    # Nothing is sent before there is output, so that a request that fails at once gets a status that says so.
-    outputs = await collector.take()
-    if not outputs:
-        return
-    await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-    events = [
-        _event(chunk)
-        for request in requests
-        if (chunk := answer.first_chunk(request.tag, request.prompt_token_ids)) is not None
-    ]
-    try:
-        while True:
-            for choice, text, token_ids in outputs:
-                # Tokens that make no text yet, half a character or the possible start of a stop string, can wait.
-                if text or choice.finished is not None or answer.with_token_ids:
-                    chunk = answer.chunk(choice.index, text, token_ids, choice.finished)
-                    if chunk is not None:
-                        events.append(_event(chunk))
-            if not collector.num_unfinished:
-                break
-            if events:
-                await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
-                events = []
-            outputs = await collector.take()
-            if not outputs:
-                return
-        if answer.with_usage:
-            events.append(_event(answer.usage_chunk(usage_of(collector, requests))))
-    except EngineError as error:
-        events.append(_event(error_body(error)))
-    events.append(b"data: [DONE]\n\n")
-    await send({"type": "http.response.body", "body": b"".join(events)})
-
-
-def _event(body: msgspec.Struct) -> bytes:
-    return b"data: " + _encode(body) + b"\n\n"
-
-
-def usage_of(collector: Collector, requests: list[RunningRequest]) -> Usage:
-    prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
-    completion_tokens = sum(len(request.token_ids) for request in requests)
-    cached = sum(choice.finished.num_cached_tokens for choice in collector.choices if choice.finished is not None)
-    return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached),
-    )

@@ -37,10 +37,13 @@ class Exchange:
     Attributes:
         request_id: the client's own id, or a random one.
         status: of the response, once it has begun.
+        send_body: the server's own `send`, for what follows the start of a response: each layer of the application
+            wraps `send`, all of them to see or change the start alone, and a stream has an event for every token.
     """
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, send_body: Send) -> None:
         self.request_id = request_id
+        self.send_body = send_body
         self.status: int | None = None
         self._started = time.perf_counter()
         self._num_tokens: dict[str, int] = {}
@@ -84,12 +87,11 @@ class ExchangeMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
         is_sound = given is not None and _REQUEST_ID.fullmatch(given) is not None
-        exchange = Exchange(given.decode() if given is not None and is_sound else uuid.uuid4().hex)
+        exchange = Exchange(given.decode() if given is not None and is_sound else uuid.uuid4().hex, send)
         scope[_SCOPE_KEY] = exchange
         # The server gives every request a task of its own, and the variable goes with it.
         current_request_id.set(exchange.request_id)
 
-        # No coroutine of its own: it is called for every event of a stream.
         def send_with_id(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]

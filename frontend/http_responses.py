@@ -13,7 +13,8 @@ from starlette.types import Send
 from frontend.answer_parser import AnswerParser
 from frontend.collector import Collector
 from frontend.generation_config import SamplingDefaults
-from frontend.http_completions import STREAM_HEADERS, Endpoint, gather, send_json, usage_of
+from frontend.http_completions import Endpoint
+from frontend.http_sending import EventStream, gather, send_json, usage_of
 from frontend.requests import RunningRequest
 from frontend.response_store import ResponseStore, RunningResponse, StoredResponse
 from frontend.responses_answer import ResponseAnswer
@@ -52,9 +53,9 @@ class ResponsesEndpoint(Endpoint):
         super().__init__(service, defaults)
         self._store = store
 
-    async def _token_ids(self, prompt: Prompt | list[int]) -> list[int]:
+    async def _token_ids(self, prompt: Prompt | list[int], truncate: int | None) -> list[int]:
         try:
-            return await super()._token_ids(prompt)
+            return await super()._token_ids(prompt, truncate)
         except InvalidRequestError as error:
             if error.param != "messages":
                 raise
@@ -127,7 +128,7 @@ class ResponsesEndpoint(Endpoint):
         await send_json(send, encoded)
 
     async def _send_stream(
-        self, send: Send, answer: _Answer, collector: Collector, requests: list[RunningRequest]
+        self, stream: EventStream, answer: _Answer, collector: Collector, requests: list[RunningRequest]
     ) -> None:
         self._begin(answer, requests)
         try:
@@ -135,7 +136,7 @@ class ResponsesEndpoint(Endpoint):
             outputs = await collector.take()
             if not outputs:
                 return
-            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+            await stream.begin()
             events = answer.begin()
             try:
                 while True:
@@ -145,7 +146,7 @@ class ResponsesEndpoint(Endpoint):
                     if not collector.num_unfinished:
                         break
                     if events:
-                        await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
+                        await stream.send(events)
                         events = []
                     outputs = await collector.take()
                     if not outputs:
@@ -158,7 +159,7 @@ class ResponsesEndpoint(Endpoint):
             self._keep(answer, _encode(answer.body))
         finally:
             self._store.end(answer.body.id, None)
-        await send({"type": "http.response.body", "body": b"".join(events)})
+        await stream.end(events)
 
     def _begin(self, answer: _Answer, requests: list[RunningRequest]) -> None:
         if answer.body.store:

@@ -27,6 +27,7 @@ class TokenizeFields(Struct, kw_only=True, forbid_unknown_fields=True):
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -47,10 +48,8 @@ class Detokenized(Struct):
     prompt: str
 
 
-_OF_CHATS = ("tools", "chat_template_kwargs", "add_generation_prompt")
-_TOKENIZE_REQUEST = RequestType(
-    TokenizeFields, (), {"chat_template": (), "continue_final_message": (False,), "mm_processor_kwargs": ()}
-)
+_OF_CHATS = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+_TOKENIZE_REQUEST = RequestType(TokenizeFields, (), {"chat_template": (), "mm_processor_kwargs": ()})
 _DETOKENIZE_REQUEST = RequestType(DetokenizeFields, (), {})
 
 
@@ -100,6 +99,7 @@ def _prompt_of(fields: TokenizeFields) -> TextPrompt | ChatPrompt:
         assert fields.prompt is not None
         return TextPrompt(fields.prompt)
     options = dict(fields.chat_template_kwargs or {})
-    if fields.add_generation_prompt is not None:
-        options["add_generation_prompt"] = fields.add_generation_prompt
+    for name in ("add_generation_prompt", "continue_final_message"):
+        if getattr(fields, name) is not None:
+            options[name] = getattr(fields, name)
     return ChatPrompt(fields.messages, fields.tools, options)

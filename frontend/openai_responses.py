@@ -9,6 +9,7 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from frontend.openai_logprobs import ChatLogprobs, PromptLogprobs, TextLogprobs
 from protocol.messages import FinishReason
 
 
@@ -27,10 +28,15 @@ class PromptTokensDetails(Struct):
     cached_tokens: int = 0
 
 
-class Usage(Struct):
+class UsageSoFar(Struct):
+    """Of a stream that goes on."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+
+class Usage(UsageSoFar):
     prompt_tokens_details: PromptTokensDetails
 
 
@@ -86,7 +92,7 @@ class ChatChoice(Struct):
     message: Message
     finish_reason: ChatFinishReason
     stop_reason: str | int | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -98,6 +104,7 @@ class ChatCompletion(Struct):
     usage: Usage
     object: str = "chat.completion"
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class TextChoice(Struct):
@@ -105,20 +112,22 @@ class TextChoice(Struct):
     text: str
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class TextCompletion(Struct):
-    """Also a chunk of its own stream, in which `usage` is UNSET, null, or at the very end the numbers."""
+    """Also a chunk of its own stream, in which `usage` is UNSET, null, or at the very end the numbers, which may also
+    be asked for in each chunk."""
 
     id: str
     created: int
     model: str
     choices: list[TextChoice]
     object: str = "text_completion"
-    usage: Usage | UnsetType | None = UNSET
+    usage: UsageSoFar | UnsetType | None = UNSET
 
 
 class Delta(Struct):
@@ -134,7 +143,7 @@ class ChatChunkChoice(Struct):
     delta: Delta
     finish_reason: ChatFinishReason | None = None
     stop_reason: str | int | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -144,5 +153,5 @@ class ChatChunk(Struct):
     model: str
     choices: list[ChatChunkChoice]
     object: str = "chat.completion.chunk"
-    usage: Usage | UnsetType | None = UNSET
+    usage: UsageSoFar | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET

@@ -7,6 +7,8 @@ nothing is ignored silently. Knows the form of bodies, not what is done with the
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -24,7 +26,11 @@ Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats needs include_usage to be true")
 
 
 class RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -37,15 +43,31 @@ class RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: str | list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    n: int | None = None
+    min_tokens: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
     priority: Priority | None = None
     cache_salt: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+
+    def logprobs_wanted(self) -> tuple[int | None, int | None]:
+        """How many alternatives are wanted for each token of the answer and of the prompt; None asks for nothing."""
+        return None, self.prompt_logprobs
 
 
 class ChatFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
@@ -58,10 +80,28 @@ class ChatFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def logprobs_wanted(self) -> tuple[int | None, int | None]:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError(
+                f"top_logprobs needs logprobs to be true, got {self.top_logprobs} without it", "top_logprobs"
+            )
+        return (self.top_logprobs or 0) if self.logprobs else None, self.prompt_logprobs
 
 
 class CompletionFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | int | list[int]]
+    logprobs: int | None = None
+    echo: bool | None = None
+
+    def logprobs_wanted(self) -> tuple[int | None, int | None]:
+        if not self.echo or self.logprobs is None:
+            return self.logprobs, self.prompt_logprobs
+        # The prompt is written as part of the answer then, and the most that is wanted in either place is measured.
+        widths = (self.logprobs, self.logprobs if self.prompt_logprobs is None else self.prompt_logprobs)
+        return self.logprobs, -1 if -1 in widths else max(widths)
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One or several prompts, all texts or all token ids.
@@ -84,29 +124,17 @@ class CompletionFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
 # Fields that say something about the request without changing its answer: any value will do.
 _NO_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "request_id")
 
-# Fields that are not served yet, with the values, besides null, that ask for nothing.
+# Fields that are not served, with the values, besides null, that ask for nothing.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
     "best_of": (1,),
-    "frequency_penalty": (0,),
-    "include_stop_str_in_output": (False,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "min_tokens": (0,),
-    "n": (1,),
-    "presence_penalty": (0,),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
-    "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
     "structured_outputs": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": (),
 }
@@ -118,19 +146,15 @@ _ONLY_CHAT: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
-    "logprobs": (False,),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
-    "top_logprobs": (0,),
     "verbosity": (),
     "web_search_options": (),
 }
 _ONLY_COMPLETION: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
-    "echo": (False,),
-    "logprobs": (),
     "prompt_embeds": (),
     "suffix": ("",),
 }
@@ -199,31 +223,29 @@ CHAT_REQUEST = RequestType(ChatFields, _NO_EFFECT, _ONLY | _ONLY_CHAT)
 COMPLETION_REQUEST = RequestType(CompletionFields, _NO_EFFECT, _ONLY | _ONLY_COMPLETION)
 
 
-def sampling_params(
-    request: RequestFields,
-    defaults: SamplingDefaults,
-    max_tokens: int | None,
-    max_tokens_field: str | None = None,
-) -> SamplingParams:
-    """Raises InvalidRequestError if a value is out of its range; what `max_tokens` is called there can be told."""
+# Fields that become a sampling parameter of the same name as they are.
+_SAMPLING_FIELDS = tuple(
+    name
+    for name in SamplingParams.__struct_fields__
+    if name in RequestFields.__struct_fields__ and name != "max_tokens"
+)
 
-    def given(value: Any, default: Any) -> Any:
-        return default if value is None else value
 
+def sampling_params(request: RequestFields, defaults: SamplingDefaults, max_tokens: int | None) -> SamplingParams:
+    """Raises InvalidRequestError if a value is out of its range."""
+    given = msgspec.structs.asdict(defaults)
+    given.update((name, value) for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None)
+    given["logprobs"], given["prompt_logprobs"] = request.logprobs_wanted()
+    return SamplingParams(max_tokens=max_tokens, **given)
+
+
+@contextmanager
+def renamed(names: dict[str, str]) -> Iterator[None]:
+    """Errors about a sampling parameter name the field of the request that it came from, where that is another."""
     try:
-        return SamplingParams(
-            temperature=given(request.temperature, defaults.temperature),
-            top_p=given(request.top_p, defaults.top_p),
-            top_k=given(request.top_k, defaults.top_k),
-            min_p=given(request.min_p, defaults.min_p),
-            seed=request.seed,
-            max_tokens=max_tokens,
-            stop=given(request.stop, ()),
-            stop_token_ids=tuple(given(request.stop_token_ids, ())),
-            ignore_eos=given(request.ignore_eos, False),
-            skip_special_tokens=given(request.skip_special_tokens, True),
-        )
+        yield
     except InvalidRequestError as error:
-        if error.param == "max_tokens" and max_tokens_field not in (None, "max_tokens"):
-            raise InvalidRequestError.out_of_range(max_tokens_field, max_tokens, "at least 1") from error
-        raise
+        name = names.get(error.param or "")
+        if name is None or error.param is None:
+            raise
+        raise InvalidRequestError(error.message.replace(error.param, name, 1), name) from error

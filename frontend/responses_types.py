@@ -55,6 +55,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "prompt": (),
     "prompt_logprobs": (),
     "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "stream_options": ({"include_obfuscation": False},),
     "top_logprobs": (0,),

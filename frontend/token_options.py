@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from frontend.tokenizer import Tokenizer
 from protocol.errors import InvalidRequestError
 from protocol.sampling import SamplingParams
@@ -10,6 +12,8 @@ from protocol.sampling import SamplingParams
 MAX_BAD_WORD_TOKENS = 16
 # Log-probabilities that one request may bring back, eight bytes each, which go into one message at its end.
 MAX_LOGPROB_ENTRIES = 4 * 1024 * 1024
+# The same for all answers to one HTTP request, which are written into one body.
+MAX_LOGPROB_ENTRIES_OF_ALL = 2 * MAX_LOGPROB_ENTRIES
 
 
 def bad_word_ids(words: tuple[str, ...], tokenizer: Tokenizer | None) -> list[list[int]]:
@@ -58,3 +62,19 @@ def check_token_options(params: SamplingParams, num_prompt_tokens: int, vocab_si
                 f"of which {MAX_LOGPROB_ENTRIES} are allowed in all",
                 name,
             )
+
+
+def check_logprobs_of_all(params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises InvalidRequestError if the log-probabilities of all answers together may be too many."""
+    total = 0
+    for each, prompt in zip(params, prompts, strict=True):
+        for wanted, count in ((each.logprobs, each.max_tokens or 0), (each.prompt_logprobs, len(prompt))):
+            if wanted is not None:
+                total += (1 + (vocab_size if wanted == -1 else wanted)) * count * each.n
+    if total > MAX_LOGPROB_ENTRIES_OF_ALL:
+        name = "logprobs" if params[0].logprobs is not None else "prompt_logprobs"
+        raise InvalidRequestError(
+            f"{name} is too large for so many answers: up to {total} log-probabilities, of which "
+            f"{MAX_LOGPROB_ENTRIES_OF_ALL} are allowed; lower it, max_tokens, n or the number of prompts",
+            name,
+        )

@@ -15,6 +15,7 @@ import tokenizers
 
 from frontend.chat_template import ChatTemplate
 from frontend.detokenizer import (
+    BYTE_TOKEN,
     ByteLevelDetokenizer,
     Detokenizer,
     WindowDetokenizer,
@@ -78,6 +79,19 @@ class Tokenizer:
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         """How the vocabulary writes each token, in a byte-level one with Ġ for a space; "" for ids without a token."""
         return [self._backend.id_to_token(token) or "" for token in token_ids]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for in a text that it does not begin; b"" for ids without a token."""
+        if self._token_bytes:
+            return self._token_bytes[False][token_id]
+        token = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if BYTE_TOKEN.fullmatch(token):
+            return bytes.fromhex(token[3:5])
+        # Decoders drop a space at the beginning, so the token is looked at behind itself.
+        once, twice = self.decode([token_id], False), self.decode([token_id, token_id], False)
+        return twice[len(once) :].encode()
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """A fresh incremental detokenizer for one sequence."""

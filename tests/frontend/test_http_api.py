@@ -175,27 +175,90 @@ def test_stop_strings_and_reasons(client: openai.OpenAI) -> None:
     assert answer.choices[0].finish_reason == "length"
 
 
-def test_sampling_fields_reach_the_core(http: httpx.Client, frontend: Frontend) -> None:
-    body = {
-        "prompt": [1],
-        "temperature": 0,
-        "top_p": 0.5,
-        "top_k": 7,
-        "min_p": 0.1,
-        "seed": -3,
-        "max_tokens": 2,
-        "stop_token_ids": [9],
-        "ignore_eos": True,
-        "skip_special_tokens": False,
-        "priority": 4,
-        "cache_salt": "tenant",
-    }
+# Fields of a request as they are sent, and of the parameters that the core is given.
+SAMPLING_FIELDS: list[tuple[str, Any, Any]] = [
+    ("temperature", 0.3, 0.3),
+    ("top_p", 0.5, 0.5),
+    ("top_k", 7, 7),
+    ("min_p", 0.1, 0.1),
+    ("seed", -3, -3),
+    ("max_tokens", 2, 2),
+    ("min_tokens", 1, 1),
+    ("stop_token_ids", [9], (9,)),
+    ("ignore_eos", True, True),
+    ("skip_special_tokens", False, False),
+    ("include_stop_str_in_output", True, True),
+    ("presence_penalty", 0.5, 0.5),
+    ("frequency_penalty", -0.5, -0.5),
+    ("repetition_penalty", 1.5, 1.5),
+    ("logit_bias", {"5": -3, "6": 1.5}, ((5, -3.0), (6, 1.5))),
+    ("allowed_token_ids", [3, 4], (3, 4)),
+    ("prompt_logprobs", 2, 2),
+]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+@pytest.mark.parametrize(("name", "sent", "arrives"), SAMPLING_FIELDS, ids=[field[0] for field in SAMPLING_FIELDS])
+def test_a_sampling_field_reaches_the_core(
+    http: httpx.Client, frontend: Frontend, path: str, name: str, sent: Any, arrives: Any
+) -> None:
+    prompt = {"/v1/completions": {"prompt": "fox"}, "/v1/responses": {"input": "fox"}}.get(path, {"messages": HELLO})
+    if path == "/v1/responses" and name == "prompt_logprobs":
+        pytest.skip("these are not for log-probabilities")
+    own_name = "max_output_tokens" if path == "/v1/responses" and name == "max_tokens" else name
+    assert http.post(path, json=prompt | {own_name: sent}).status_code == 200
+    assert getattr(frontend.core.added[0].params, name) == arrives
+
+
+def test_priority_salt_and_bad_words_reach_the_core(http: httpx.Client, frontend: Frontend) -> None:
+    body = {"prompt": [1], "priority": 4, "cache_salt": "tenant", "bad_words": ["fox", " fox"]}
     assert http.post("/v1/completions", json=body).status_code == 200
     added = frontend.core.added[0]
-    params = added.params
-    assert (params.temperature, params.top_p, params.top_k, params.min_p, params.seed) == (0, 0.5, 7, 0.1, -3)
-    assert (params.max_tokens, params.stop_token_ids, params.ignore_eos) == (2, (9,), True)
     assert (added.priority, added.cache_salt) == (4, "tenant")
+    words = [unpack_ints(word).tolist() for word in added.bad_words]
+    assert words == [TOKENIZER.encode(text).ids for text in ("fox", " fox")]
+
+
+def test_numbers_of_logprobs_reach_the_core(http: httpx.Client, frontend: Frontend) -> None:
+    chat, text = ("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "fox"})
+    cases: list[tuple[tuple[str, dict[str, Any]], dict[str, Any], tuple[int | None, int | None]]] = [
+        (chat, {"logprobs": False}, (None, None)),
+        (chat, {"logprobs": True}, (0, None)),
+        (chat, {"logprobs": True, "top_logprobs": 4, "prompt_logprobs": 3}, (4, 3)),
+        (text, {"logprobs": 2}, (2, None)),
+        (text, {"logprobs": 2, "echo": True}, (2, 2)),
+        (text, {"logprobs": 2, "echo": True, "prompt_logprobs": 4}, (2, 4)),
+        (text, {"echo": True}, (None, None)),
+    ]
+    for (path, body), fields, expected in cases:
+        frontend.core.added.clear()
+        assert http.post(path, json=body | fields).status_code == 200
+        params = frontend.core.added[0].params
+        assert (params.logprobs, params.prompt_logprobs) == expected, fields
+
+
+def test_choices_are_requests_with_seeds_of_their_own(http: httpx.Client, frontend: Frontend) -> None:
+    body = {"prompt": ["the fox", "日本"], "n": 3, "seed": 7}
+    answer = http.post("/v1/completions", json=body).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["the fox"] * 3 + ["日本"] * 3
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    params = [added.params for added in frontend.core.added]
+    assert {each.n for each in params} == {1}
+    seeds = [each.seed for each in params]
+    assert seeds[0] == 7
+    assert len(set(seeds[:3])) == 3
+    assert seeds[3:] == seeds[:3]
+
+
+def test_only_the_last_tokens_of_a_prompt_are_used(http: httpx.Client, frontend: Frontend) -> None:
+    ids = TOKENIZER.encode("the quick brown fox").ids
+    chat = {"messages": [{"role": "user", "content": "x" * 600}], "truncate_prompt_tokens": -1}
+    for body in ({"prompt": "the quick brown fox"}, {"prompt": ids}):
+        assert http.post("/v1/completions", json=body | {"truncate_prompt_tokens": 3}).status_code == 200
+    assert http.post("/v1/chat/completions", json=chat).status_code == 200
+    prompts = [unpack_ints(added.prompt_token_ids).tolist() for added in frontend.core.added]
+    assert prompts[:2] == [ids[-3:]] * 2
+    assert len(prompts[2]) == MAX_MODEL_LEN - 1
 
 
 def test_default_lengths(http: httpx.Client, frontend: Frontend) -> None:
@@ -213,13 +276,22 @@ def test_the_models_own_sampling_values_hold_unless_the_request_says(
 ) -> None:
     for file in model_directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    recommended = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05, "eos_token_id": 1}
+    recommended = {
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "eos_token_id": 1,
+    }
     (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
     frontend = make_frontend(tmp_path).start()
-    for body in ({}, {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0}):
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+    for body in ({}, neutral):
         assert httpx.post(f"{frontend.url}/v1/completions", json={"prompt": [1], **body}).status_code == 200
     params = [added.params for added in frontend.core.added]
-    assert [(p.temperature, p.top_p, p.top_k, p.min_p) for p in params] == [(0.6, 0.95, 20, 0.05), (1.0, 1.0, 0, 0.0)]
+    got = [(p.temperature, p.top_p, p.top_k, p.min_p, p.repetition_penalty) for p in params]
+    assert got == [(0.6, 0.95, 20, 0.05, 1.1), (1.0, 1.0, 0, 0.0, 1.0)]
 
 
 def test_models_and_health(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -237,10 +309,33 @@ def test_models_and_health(client: openai.OpenAI, http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"n": 2}, "n", "n is not supported: it can only be 1 or null, got 2"),
-        ({"logprobs": True}, "logprobs", "got True"),
-        ({"logprobs": 0}, "logprobs", "false or null, got 0"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "got 0.5"),
+        ({"n": 0}, "n", "1 to 128, got 0"),
+        ({"n": 129}, "n", "1 to 128, got 129"),
+        ({"best_of": 2}, "best_of", "best_of is not supported: it can only be 1 or null, got 2"),
+        ({"logprobs": 0}, "logprobs", "expected `bool | null`, got `int` (got 0)"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0 to 20, or -1 (all tokens), got 21"),
+        ({"logprobs": True, "top_logprobs": -2}, "top_logprobs", "got -2"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs to be true, got 3"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "got 21"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream must be false"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "between -2 and 2, got 2.5"),
+        ({"frequency_penalty": -2.5}, "frequency_penalty", "between -2 and 2, got -2.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "above 0, got 0"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "between -100 and 100, got 101"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "got 'five'"),
+        ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias", f"got {VOCAB_SIZE}"),
+        ({"logit_bias": [5]}, "logit_bias", "expected `object | null`"),
+        ({"bad_words": [""]}, "bad_words", "1 to"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "at least one"),
+        ({"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids", f"got {VOCAB_SIZE}"),
+        ({"min_tokens": 4, "max_tokens": 3}, "min_tokens", "at most max_tokens, which is 3, got 4"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1, or -1"),
+        ({"echo": True}, "echo", "echo is not supported: it can only be false or null, got True"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options",
+            "continuous_usage_stats needs include_usage to be true",
+        ),
         ({"tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"tool_choice": "required", "tools": [TOOL]}, "tool_choice", "got 'required'"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [TOOL]}, "tool_choice", "got 'f'"),
@@ -254,7 +349,6 @@ def test_models_and_health(client: openai.OpenAI, http: httpx.Client) -> None:
         ),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages", "got 'input_audio'"),
         ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "got {'5': 1}"),
         ({"min_p": 1.1}, "min_p", "between 0 and 1, got 1.1"),
         ({"best_off": 1}, "best_off", "best_off is not a field of this request"),
         ({"stream_options": {"include": True}}, "stream_options.include", "not a field"),
@@ -307,8 +401,15 @@ def test_chat_fields_that_cannot_be_served_are_named(
         ({"prompt": [1] * MAX_MODEL_LEN}, "prompt", "no room"),
         ({"prompt": [1], "max_tokens": MAX_MODEL_LEN}, "max_tokens", "max_tokens is too large"),
         ({"prompt": ["fine", ""]}, "prompt", "empty"),
-        ({"prompt": "a", "logprobs": 1}, "logprobs", "got 1"),
-        ({"prompt": "a", "echo": True}, "echo", "got True"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs", "got 21"),
+        ({"prompt": "a", "logprobs": True}, "logprobs", "got `bool`"),
+        ({"prompt": "a", "top_logprobs": 1}, "top_logprobs", "not a field"),
+        ({"prompt": "a", "echo": 1}, "echo", "got `int`"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens", "at least 1, got 0"),
+        ({"prompt": ["a"] * 20, "n": 128}, "n", "make 2560 answers"),
+        ({"prompt": "a", "n": 128, "logprobs": -1, "max_tokens": 400}, "logprobs", "too large for so many answers"),
+        ({"prompt": [[1] * 200] * 80, "prompt_logprobs": -1}, "prompt_logprobs", "of which 8388608 are allowed"),
+        ({"prompt": ["a"] * 2049}, "prompt", "2049 prompts"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "got 'b'"),
         ({"prompt": "a", "messages": HELLO}, "messages", "not a field"),
         ({}, "prompt", "prompt is missing"),

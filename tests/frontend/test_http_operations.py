@@ -185,6 +185,7 @@ def test_special_tokens_are_tokenized_as_such_and_kept_on_the_way_back(http: htt
         ({}, RENDERED + "<|im_start|>assistant\n"),
         ({"add_generation_prompt": False}, RENDERED),
         ({"chat_template_kwargs": {"thinking": False}}, RENDERED + "<|im_start|>assistant\n<think></think>"),
+        ({"continue_final_message": True, "add_generation_prompt": False}, RENDERED.removesuffix("<|im_end|>\n")),
         ({"tools": [TOOL]}, f"<|im_start|>tools\n{json.dumps(TOOL)}\n<|im_end|>\n{RENDERED}<|im_start|>assistant\n"),
     ],
 )
@@ -217,7 +218,7 @@ def test_what_is_too_long_to_be_served_is_tokenized_all_the_same(http: httpx.Cli
         ("/tokenize", {"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt", "goes with messages"),
         ("/tokenize", {"messages": []}, "messages", "at least one"),
         ("/tokenize", {"messages": [{"role": "forbidden"}]}, "messages", "no such role here"),
-        ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message", "not supported"),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message", "goes with"),
         ("/tokenize", {"prompt": "a", "max_tokens": 1}, "max_tokens", "not a field"),
         ("/detokenize", {}, "tokens", "tokens is missing"),
         ("/detokenize", {"tokens": "a"}, "tokens", "expected `array`"),
