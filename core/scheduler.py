@@ -149,7 +149,12 @@ class Scheduler:
         if isinstance(grammar, str):
             self._finish(request)
             self._counts["finished"] += 1
-            return Failed(request.request_id, "invalid_request", grammar, "structured_outputs")
+            return Failed(
+                request.request_id,
+                "invalid_request",
+                f"structured_outputs cannot be followed: {grammar}",
+                "structured_outputs",
+            )
         request.awaits_grammar, request.grammar = False, grammar
         self._num_waiting_tokens -= request.num_prompt_tokens
         self._wait(request)

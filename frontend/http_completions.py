@@ -30,9 +30,11 @@ from frontend.openai_types import (
 )
 from frontend.requests import RunningRequest
 from frontend.service import Service
-from frontend.tool_choice import read_tools, require_free_choice
+from frontend.structured_output import read_response_format, read_structured_outputs
+from frontend.tool_choice import Tools, read_tools
 from protocol.errors import EngineError, InvalidRequestError
 from protocol.messages import ChatPrompt, Prompt, TextPrompt
+from protocol.structured_outputs import StructuredOutputsParams
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 # The OpenAI API's for plain completions; a chat answer may fill the context.
@@ -65,10 +67,16 @@ class Endpoint(ABC):
         self._check(fields)
         limit, limit_name = self._max_tokens(fields)
         params = sampling_params(fields, self._defaults, limit, limit_name)
+        wanted, wanted_by = self._structured_outputs(fields)
+        tools = self._tools(fields)
         token_ids = [await self._token_ids(prompt) for prompt in prompts]
         if limit is not None and limit_name is not None:
             for ids in token_ids:
                 self._service.prompts.require_room(limit, ids, limit_name)
+        grammars = [
+            await self._service.grammars.of_answer(wanted, prompt, ids, tools, wanted_by)
+            for prompt, ids in zip(prompts, token_ids, strict=True)
+        ]
         self._service.require_ready()
 
         stream = bool(fields.stream)
@@ -87,6 +95,7 @@ class Endpoint(ABC):
                         priority=fields.priority or 0,
                         cache_salt=fields.cache_salt,
                         arrival_time=arrived,
+                        grammar=grammars[index],
                     )
                 )
             answer = self._answer(fields, prompts, token_ids)
@@ -102,6 +111,15 @@ class Endpoint(ABC):
     @abstractmethod
     def _decode(self, body: bytes) -> tuple[Any, list[Prompt | list[int]]]:
         """The request's fields and its prompts."""
+
+    def _structured_outputs(self, fields: Any) -> tuple[StructuredOutputsParams | None, str]:
+        """What the answer must be, and the name of the field that says so."""
+        by_format = read_response_format(fields.response_format)
+        return read_structured_outputs(fields.structured_outputs, by_format, "response_format")
+
+    def _tools(self, fields: Any) -> Tools:
+        """The functions that may or must be called."""
+        return Tools()
 
     async def _token_ids(self, prompt: Prompt | list[int]) -> list[int]:
         return await self._service.prompts.token_ids(prompt)
@@ -139,13 +157,15 @@ class ChatEndpoint(Endpoint):
 
     def _decode(self, body: bytes) -> tuple[ChatFields, list[Prompt | list[int]]]:
         fields: ChatFields = CHAT_REQUEST.decode(body)
-        tools = read_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
-        require_free_choice(tools)
+        tools = self._tools(fields)
         options = dict(fields.chat_template_kwargs or {})
         for name in ("add_generation_prompt", "continue_final_message"):
             if getattr(fields, name) is not None:
                 options[name] = getattr(fields, name)
         return fields, [ChatPrompt(fields.messages, tools.offered or None, options)]
+
+    def _tools(self, fields: ChatFields) -> Tools:
+        return read_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
 
     def _max_tokens(self, fields: ChatFields) -> tuple[int | None, str | None]:
         if fields.max_completion_tokens is not None:

@@ -46,10 +46,12 @@ class RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 class ChatFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
     messages: list[dict[str, Any]]
+    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -62,6 +64,7 @@ class ChatFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
 
 class CompletionFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | int | list[int]]
+    response_format: dict[str, Any] | None = None
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One or several prompts, all texts or all token ids.
@@ -100,12 +103,10 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),
     "prompt_logprobs": (),
     "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "vllm_xargs": (),
