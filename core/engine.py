@@ -8,14 +8,19 @@ back, and blocks when there is nothing to do.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import zmq
 
 from core.frontends import Frontends
+from core.grammar import Grammars
+from core.masks import MaskMaker
 from core.scheduler import Scheduler, SchedulerConfig
 from core.step_time import RelativeCosts, StepClock, StepTimeModel
 from protocol.config import EngineConfig
@@ -25,6 +30,8 @@ from protocol.messages import (
     EngineInfo,
     Malformed,
     Shutdown,
+    Step,
+    StepMasks,
     StepResult,
     WorkerFailed,
     WorkerReady,
@@ -52,8 +59,12 @@ class EngineCore:
         self._frontend_socket = open_socket(
             child.context, zmq.ROUTER, bind=config.core_address, max_message_bytes=UNLIMITED
         )
+        self._grammar_reader, grammar_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._grammars = grammars_of(config, on_ready=lambda: wake(grammar_writer))
+        self._masks = MaskMaker(config.model_config.vocab_size, config.model_config.eos_token_ids)
         self._poller = zmq.Poller()
         self._poller.register(self._stop_reader, zmq.POLLIN)
+        self._poller.register(self._grammar_reader, zmq.POLLIN)
         self._poller.register(self._worker.socket, zmq.POLLIN)
         self._config = config
         self._clock = StepClock()
@@ -69,11 +80,14 @@ class EngineCore:
             self._scheduler = Scheduler(
                 scheduler_config(self._config, ready), ready.epoch, step_time_model(self._config)
             )
-            self._frontends = Frontends(self._frontend_socket, self._scheduler, engine_info(self._config, ready))
+            self._frontends = Frontends(
+                self._frontend_socket, self._scheduler, self._grammars, engine_info(self._config, ready)
+            )
             self._poller.register(self._frontend_socket, zmq.POLLIN)
             child.ready(num_blocks=ready.num_blocks - 1, max_model_len=ready.max_model_len)
-            while not self._stopping(self._poller.poll()):
-                self._turn()
+            while not self._stopping(events := self._poller.poll()):
+                self._turn(any(source == self._grammar_reader for source, _ in events))
+        self._grammars.close()
         self._worker.send(Shutdown())
         self._worker.close()
         self._frontend_socket.close()
@@ -97,9 +111,12 @@ class EngineCore:
                 return message
         return None
 
-    def _turn(self) -> None:
+    def _turn(self, grammars_are_ready: bool) -> None:
         """Takes what has arrived, then sends what can be sent: steps first, since the GPU waits for them."""
         self._frontends.receive_all()
+        if grammars_are_ready:
+            os.read(self._grammar_reader, 4096)
+            self._frontends.start_grammars()
         effects = []
         while (received := self._worker.receive()) is not None:
             message = received[1]
@@ -112,13 +129,24 @@ class EngineCore:
             self._frontends.send_effects(effect)
 
     def _send_steps(self) -> None:
+        # A step that waits for masks goes before the next one: the worker holds one at most.
+        self._send_masks()
         while self._scheduler.num_in_flight < self._depth:
             step = self._scheduler.schedule(time.perf_counter())
             if step is None:
                 return
-            if not self._worker.send(step):
-                raise EngineError("the worker no longer takes steps")
+            self._send(step)
             self._clock.sent(time.perf_counter())
+            self._send_masks()
+
+    def _send_masks(self) -> None:
+        masked = self._scheduler.take_masked_rows()
+        if masked is not None:
+            self._send(self._masks.masks(*masked))
+
+    def _send(self, message: Step | StepMasks) -> None:
+        if not self._worker.send(message):
+            raise EngineError("the worker no longer takes steps")
 
     def _raise_if_failed(self, message: object) -> None:
         if isinstance(message, WorkerFailed):
@@ -144,6 +172,19 @@ def step_time_model(config: EngineConfig) -> StepTimeModel | None:
     if not config.options.max_step_ms:
         return None
     return StepTimeModel(config.options.max_step_ms / 1000, RelativeCosts.of(config.model_config))
+
+
+def grammars_of(config: EngineConfig, on_ready: Callable[[], None]) -> Grammars:
+    """Of the model's tokenizer, or of the one that the frontend makes where the model's has an older form."""
+    folders = [] if config.options.skip_tokenizer_init else [config.model_path, config.run_directory]
+    files = [Path(folder) / "tokenizer.json" for folder in folders]
+    return Grammars(files, config.model_config.vocab_size, config.model_config.eos_token_ids, on_ready)
+
+
+def wake(writer: int) -> None:
+    """Writes to a non-blocking pipe, whose reader need not know how often."""
+    with contextlib.suppress(BlockingIOError):
+        os.write(writer, b"x")
 
 
 def engine_info(config: EngineConfig, ready: WorkerReady) -> EngineInfo:

@@ -8,6 +8,7 @@ import time
 import msgspec
 import zmq
 
+from core.grammar import Grammars
 from core.results import StepEffects
 from core.scheduler import Scheduler
 from protocol.messages import (
@@ -32,8 +33,9 @@ logger = logging.getLogger(__name__)
 class Frontends:
     """Serves every frontend on one ROUTER socket. A frontend is numbered when it says hello."""
 
-    def __init__(self, socket: zmq.Socket, scheduler: Scheduler, engine: EngineInfo) -> None:
+    def __init__(self, socket: zmq.Socket, scheduler: Scheduler, grammars: Grammars, engine: EngineInfo) -> None:
         self._channel = Channel(socket, FrontendToCore)
+        self._grammars = grammars
         self._scheduler = scheduler
         self._engine = engine
         self._index_of: dict[bytes, int] = {}
@@ -70,10 +72,21 @@ class Frontends:
         self._send(identity, CoreReady(PROTOCOL_VERSION, self._scheduler.epoch, self._engine))
 
     def _add(self, identity: bytes, message: AddRequest) -> None:
+        index = self._index_of[identity]
         try:
-            self._scheduler.add(self._index_of[identity], message, time.perf_counter())
+            self._scheduler.add(index, message, time.perf_counter())
         except ValueError as error:
             self._send(identity, Failed(message.request_id, "invalid_request", str(error)))
+            return
+        if message.grammar is not None:
+            self._grammars.compile((index, message.request_id), message.grammar)
+
+    def start_grammars(self) -> None:
+        """Lets requests go on whose grammars have been compiled, and answers those whose cannot be."""
+        for key, grammar in self._grammars.take_ready():
+            failed = self._scheduler.start_grammar(key, grammar)
+            if failed is not None:
+                self._send(self._identities[key[0]], failed)
 
     def send_effects(self, effects: StepEffects) -> None:
         for index, message in effects.messages(self._scheduler.epoch):

@@ -12,7 +12,9 @@ def logit_edits(request: Request, eos_token_ids: tuple[int, ...]) -> LogitEdits 
     params = request.params
     penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
     suppressed: set[int] = set()
-    if params.min_tokens:
+    # A grammar's masks say all of what may be drawn, see `MaskMaker`.
+    allowed = params.allowed_token_ids if request.grammar is None else None
+    if params.min_tokens and request.grammar is None:
         # Tokens that would end it. Where the model's own do not, they are drawn like any other.
         suppressed = set(params.stop_token_ids) | (set() if params.ignore_eos else set(eos_token_ids))
     if (
@@ -20,7 +22,8 @@ def logit_edits(request: Request, eos_token_ids: tuple[int, ...]) -> LogitEdits 
         and not suppressed
         and not params.logit_bias
         and not request.bad_words
-        and params.allowed_token_ids is None
+        and allowed is None
+        and request.grammar is None
     ):
         return None
     return LogitEdits(
@@ -30,5 +33,6 @@ def logit_edits(request: Request, eos_token_ids: tuple[int, ...]) -> LogitEdits 
         bias_ids=pack_ints([token for token, _ in params.logit_bias]),
         biases=pack_floats([bias for _, bias in params.logit_bias]),
         bad_words=request.bad_words,
-        allowed_ids=None if params.allowed_token_ids is None else pack_ints(params.allowed_token_ids),
+        allowed_ids=None if allowed is None else pack_ints(allowed),
+        is_masked=request.grammar is not None,
     )

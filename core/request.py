@@ -10,6 +10,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from core.grammar import GrammarState
 from core.prefix_cache import root_digest
 from protocol.messages import AddRequest, unpack_ints
 
@@ -27,10 +28,12 @@ class Request:
 
     __slots__ = (
         "arrival",
+        "awaits_grammar",
         "bad_words",
         "block_ids",
         "digests",
         "frontend_index",
+        "grammar",
         "is_measuring",
         "num_cached_tokens",
         "num_in_flight",
@@ -75,6 +78,9 @@ class Request:
         # Whether the log-probabilities of the prompt have come back, if they are wanted.
         self.prompt_is_measured = message.params.prompt_logprobs is None
         self.is_measuring = False  # whether the slot it is in was told to
+        # Until its grammar is compiled it is not admitted.
+        self.awaits_grammar = message.grammar is not None
+        self.grammar: GrammarState | None = None
 
     @property
     def key(self) -> tuple[int, int]:

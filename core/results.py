@@ -55,8 +55,10 @@ class StepEffects:
         entry = PromptLogprobs(request.request_id, tokens)
         self._prompt_logprobs.setdefault(request.frontend_index, []).append(entry)
 
-    def finish(self, request: Request, reason: FinishReason, stop_reason: int | None) -> None:
-        finished = Finished(request.request_id, reason, stop_reason, request.num_cached_tokens)
+    def finish(
+        self, request: Request, reason: FinishReason, stop_reason: int | None, is_complete: bool = False
+    ) -> None:
+        finished = Finished(request.request_id, reason, stop_reason, request.num_cached_tokens, is_complete)
         self._finished.setdefault(request.frontend_index, []).append(finished)
 
     def fail(self, request: Request, message: str) -> None:

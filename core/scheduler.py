@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from core.block_pool import BlockPool
+from core.grammar import GrammarState
 from core.logit_edits import logit_edits
 from core.prefix_cache import PrefixCache, extend_digests
 from core.request import Phase, Request
@@ -23,7 +24,17 @@ from core.results import StepEffects
 from core.slots import SlotTable
 from core.step_time import PrefillBudget, StepTimeModel, StepWork
 from protocol.histogram import Histogram
-from protocol.messages import AddRequest, AdmittedSlot, FinishReason, Stats, Step, StepResult, pack_ints, unpack_ints
+from protocol.messages import (
+    AddRequest,
+    AdmittedSlot,
+    Failed,
+    FinishReason,
+    Stats,
+    Step,
+    StepResult,
+    pack_ints,
+    unpack_ints,
+)
 
 # Seconds. Finer at the low end than vLLM's, whose shortest is 300 ms.
 _QUEUE_TIME_BOUNDS = (
@@ -55,6 +66,8 @@ class StepInFlight:
     generations: np.ndarray
     work: StepWork
     measured: list[tuple[Request, bool]]
+    masked_rows: np.ndarray  # those of requests with a grammar
+    masks_are_sent: bool = False
     detached: dict[int, Request] = field(default_factory=dict)  # rows of requests preempted since
 
 
@@ -102,7 +115,9 @@ class Scheduler:
         return len(self._in_flight)
 
     def add(self, frontend_index: int, message: AddRequest, now: float = 0.0) -> None:
-        """Queues a request. `now`, here and in `schedule`, is the time in seconds, of which queue times are made.
+        """Queues a request, or if it has a grammar, lets it wait for `start_grammar`.
+
+        `now`, here and in `schedule`, is the time in seconds, of which queue times are made.
 
         Raises:
             ValueError: its prompt does not fit, or its id is in use.
@@ -118,7 +133,32 @@ class Scheduler:
         self._num_arrivals += 1
         self._counts["prompt_tokens"] += request.num_prompt_tokens
         self._requests[request.key] = request
+        if request.awaits_grammar:
+            self._num_waiting_tokens += request.num_prompt_tokens
+        else:
+            self._wait(request)
+
+    def start_grammar(self, key: tuple[int, int], grammar: GrammarState | str) -> Failed | None:
+        """Queues a request that has waited for its grammar, or ends it if that cannot be compiled.
+
+        Its place in the order is that of its arrival. One that has ended meanwhile is left alone.
+        """
+        request = self._requests.get(key)
+        if request is None or not request.awaits_grammar:
+            return None
+        if isinstance(grammar, str):
+            self._finish(request)
+            self._counts["finished"] += 1
+            return Failed(
+                request.request_id,
+                "invalid_request",
+                f"structured_outputs cannot be followed: {grammar}",
+                "structured_outputs",
+            )
+        request.awaits_grammar, request.grammar = False, grammar
+        self._num_waiting_tokens -= request.num_prompt_tokens
         self._wait(request)
+        return None
 
     def abort(self, frontend_index: int, request_ids: Iterable[int]) -> None:
         """Ends requests that nobody waits for any more. Ids that are unknown or finished are ignored."""
@@ -165,6 +205,11 @@ class Scheduler:
             self._end_queueing(self.table.requests[new.slot], now)
         if not len(decode_slots) and not chunks.slots:
             return None
+        rows = decode_slots
+        if any(chunks.samples):
+            sampling = [slot for slot, samples in zip(chunks.slots, chunks.samples, strict=True) if samples]
+            rows = np.concatenate([decode_slots, np.array(sampling, np.int64)])
+        masked_rows = np.flatnonzero(self.table.has_grammar[rows])
         step = Step(
             step_id=self._num_steps,
             epoch=self.epoch,
@@ -177,19 +222,39 @@ class Scheduler:
             prefill_slots=pack_ints(chunks.slots),
             prefill_lens=pack_ints(chunks.lens),
             prefill_samples=bytes(chunks.samples),
+            needs_masks=len(masked_rows) > 0,
         )
-        rows = decode_slots
-        if any(chunks.samples):
-            sampling = [slot for slot, samples in zip(chunks.slots, chunks.samples, strict=True) if samples]
-            rows = np.concatenate([decode_slots, np.array(sampling, np.int64)])
         work = StepWork(context, budget.num_tokens, budget.num_pairs)
         generations = self.table.generation[rows]
-        self._in_flight.append(StepInFlight(step.step_id, rows, generations, work, chunks.measured))
+        self._in_flight.append(StepInFlight(step.step_id, rows, generations, work, chunks.measured, masked_rows))
         self._sent_decode_slots = decode_slots
         self._released_slots = []
         self._num_steps += 1
         self._counts["computed_tokens"] += len(decode_slots) + budget.num_tokens
         return step
+
+    def take_masked_rows(self) -> tuple[int, list[tuple[int, Request, int]]] | None:
+        """A step that waits for masks that can be made now, as all tokens before it are back; None if none does.
+
+        Masks are due before the next step is sent. They are those of (slot, request, number of its known tokens) each;
+        rows whose requests have ended are left out, those of preempted ones are not: their tokens will be kept.
+        """
+        step = self._in_flight[0] if self._in_flight else None
+        if step is None or step.masks_are_sent or not len(step.masked_rows):
+            return None
+        step.masks_are_sent = True
+        table, rows = self.table, []
+        for row in step.masked_rows.tolist():
+            slot = int(step.slots[row])
+            if row in step.detached:
+                request = step.detached[row]
+                if request.phase is not Phase.FINISHED:
+                    rows.append((slot, request, len(request.token_ids)))
+            elif table.generation[slot] == step.generations[row]:
+                owner = table.requests[slot]
+                assert owner is not None
+                rows.append((slot, owner, int(table.num_known[slot])))
+        return step.step_id, rows
 
     def _end_queueing(self, request: Request | None, now: float) -> None:
         assert request is not None
@@ -418,6 +483,8 @@ class Scheduler:
             ended |= ends_at_eos & (tokens == eos)
         # Stop token ids differ by request, so the few rows that have them are looked at one by one.
         ended |= table.has_stop_ids[slots]
+        # A grammar is to be told of each token.
+        ended |= table.has_grammar[slots]
         if self.config.enable_prefix_caching:
             full = np.minimum(table.num_known[slots], table.num_computed[slots]) // self.config.block_size
             for slot in slots[full > table.num_registered[slots]].tolist():
@@ -444,24 +511,38 @@ class Scheduler:
     def _end_if_done(self, request: Request, token: int, num_tokens: int, effects: StepEffects) -> None:
         reason: FinishReason | None = None
         stop_reason: int | None = None
+        is_complete = False
         if token < 0:
             for digest in request.digests:
                 self.cache.forget_digest(digest)
-            effects.fail(request, _why_no_token(request))
-            self._finish(request)
-            self._counts["finished"] += 1
+            self._fail(request, _why_no_token(request), effects)
             return
+        if request.grammar is not None:
+            try:
+                request.grammar.advance(token)
+            except ValueError as error:
+                self._fail(request, f"structured_outputs cannot be followed any further: {error}", effects)
+                return
         may_stop = num_tokens - request.num_prompt_tokens >= request.params.min_tokens
         if may_stop and token in request.params.stop_token_ids:
             reason, stop_reason = "stop", token
-        elif may_stop and token in self.config.eos_token_ids and not request.params.ignore_eos:
+        elif token in self.config.eos_token_ids and (
+            request.grammar is not None or (may_stop and not request.params.ignore_eos)
+        ):
             reason = "stop"
+        elif request.grammar is not None and request.grammar.is_complete:
+            reason, is_complete = "stop", True
         elif num_tokens >= request.total_limit:
             reason = "length"
         if reason is not None:
-            effects.finish(request, reason, stop_reason)
+            effects.finish(request, reason, stop_reason, is_complete)
             self._finish(request)
             self._counts["finished"] += 1
+
+    def _fail(self, request: Request, message: str, effects: StepEffects) -> None:
+        effects.fail(request, message)
+        self._finish(request)
+        self._counts["finished"] += 1
 
     # --- shared -----------------------------------------------------------------------------------------------------
 
@@ -512,9 +593,15 @@ class Scheduler:
 
 def _why_no_token(request: Request) -> str:
     params = request.params
-    if not request.bad_words and params.allowed_token_ids is None and not params.min_tokens:
+    limits = {
+        "structured_outputs": request.grammar is not None,
+        "bad_words": bool(request.bad_words),
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "min_tokens": params.min_tokens > 0,
+    }
+    if not any(limits.values()):
         return "the model's output is not a number (NaN): the weights may be damaged"
     return (
-        "no token can be drawn: either bad_words, allowed_token_ids and min_tokens together leave none, "
+        f"no token can be drawn: either {' and '.join(name for name, given in limits.items() if given)} leave none, "
         "or the model's output is not a number (NaN)"
     )

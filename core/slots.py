@@ -33,6 +33,7 @@ class SlotTable:
         self.num_registered = np.zeros(num_slots, np.int64)  # its blocks that the prefix cache was told of
         self.ends_at_eos = np.zeros(num_slots, np.bool_)
         self.has_stop_ids = np.zeros(num_slots, np.bool_)
+        self.has_grammar = np.zeros(num_slots, np.bool_)
 
     @property
     def num_free(self) -> int:
@@ -54,6 +55,7 @@ class SlotTable:
         self.num_registered[slot] = num_registered
         self.ends_at_eos[slot] = not request.params.ignore_eos
         self.has_stop_ids[slot] = bool(request.params.stop_token_ids)
+        self.has_grammar[slot] = request.grammar is not None
         return slot
 
     def known_tokens(self, slot: int) -> np.ndarray:

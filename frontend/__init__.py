@@ -17,6 +17,7 @@ from protocol.errors import (
     RequestFailedError,
 )
 from protocol.sampling import SamplingParams
+from protocol.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "LLM",
@@ -33,4 +34,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StreamChunk",
+    "StructuredOutputsParams",
 ]

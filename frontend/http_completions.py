@@ -31,10 +31,12 @@ from frontend.openai_types import (
 )
 from frontend.requests import RunningRequest
 from frontend.service import Service
+from frontend.structured_output import read_response_format, read_structured_outputs
 from frontend.token_options import check_logprobs_of_all
-from frontend.tool_choice import read_tools, require_free_choice
+from frontend.tool_choice import Tools, read_tools
 from protocol.errors import InvalidRequestError
 from protocol.messages import ChatPrompt, Prompt, TextPrompt
+from protocol.structured_outputs import StructuredOutputsParams
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 # The OpenAI API's for plain completions; a chat answer may fill the context.
@@ -64,6 +66,8 @@ class Endpoint(ABC):
         with renamed(names):
             params = sampling_params(fields, self._defaults, limit)
         _require_few(len(prompts), params.n)
+        wanted, wanted_by = self._structured_outputs(fields)
+        tools = self._tools(fields)
         token_ids = [await self._token_ids(prompt, params.truncate_prompt_tokens) for prompt in prompts]
         if limit is not None and limit_name is not None:
             for ids in token_ids:
@@ -71,6 +75,10 @@ class Endpoint(ABC):
         fitting = [self._service.prompts.fit_max_tokens(params, ids) for ids in token_ids]
         with renamed(names):
             check_logprobs_of_all(fitting, token_ids, self._service.engine.vocab_size)
+        grammars = [
+            await self._service.grammars.of_answer(wanted, prompt, ids, tools, wanted_by)
+            for prompt, ids in zip(prompts, token_ids, strict=True)
+        ]
         self._service.require_ready()
 
         collector = Collector(len(token_ids) * params.n)
@@ -78,7 +86,7 @@ class Endpoint(ABC):
         requests: list[RunningRequest] = []
         try:
             with renamed(names):
-                for ids, own_params in zip(token_ids, fitting, strict=True):
+                for ids, own_params, grammar in zip(token_ids, fitting, grammars, strict=True):
                     for choice in range(params.n):
                         requests.append(
                             self._service.requests.submit(
@@ -90,6 +98,7 @@ class Endpoint(ABC):
                                 priority=fields.priority or 0,
                                 cache_salt=fields.cache_salt,
                                 arrival_time=arrived,
+                                grammar=grammar,
                             )
                         )
             answer = self._answer(fields, prompts, token_ids)
@@ -105,6 +114,15 @@ class Endpoint(ABC):
     @abstractmethod
     def _decode(self, body: bytes) -> tuple[Any, list[Prompt | list[int]]]:
         """The request's fields and its prompts."""
+
+    def _structured_outputs(self, fields: Any) -> tuple[StructuredOutputsParams | None, str]:
+        """What the answer must be, and the name of the field that says so."""
+        by_format = read_response_format(fields.response_format)
+        return read_structured_outputs(fields.structured_outputs, by_format, "response_format")
+
+    def _tools(self, fields: Any) -> Tools:
+        """The functions that may or must be called."""
+        return Tools()
 
     async def _token_ids(self, prompt: Prompt | list[int], truncate: int | None) -> list[int]:
         return await self._service.prompts.token_ids(prompt, truncate)
@@ -159,13 +177,15 @@ class ChatEndpoint(Endpoint):
 
     def _decode(self, body: bytes) -> tuple[ChatFields, list[Prompt | list[int]]]:
         fields: ChatFields = CHAT_REQUEST.decode(body)
-        tools = read_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
-        require_free_choice(tools)
+        tools = self._tools(fields)
         options = dict(fields.chat_template_kwargs or {})
         for name in ("add_generation_prompt", "continue_final_message"):
             if getattr(fields, name) is not None:
                 options[name] = getattr(fields, name)
         return fields, [ChatPrompt(fields.messages, tools.offered or None, options)]
+
+    def _tools(self, fields: ChatFields) -> Tools:
+        return read_tools(fields.tools, fields.tool_choice, fields.parallel_tool_calls)
 
     def _max_tokens(self, fields: ChatFields) -> tuple[int | None, str | None]:
         if fields.max_completion_tokens is not None:

@@ -29,11 +29,14 @@ from frontend.responses_types import (
     check_fields,
     nested_tool,
     nested_tool_choice,
+    text_format,
 )
 from frontend.service import Service
-from frontend.tool_choice import read_tools, require_free_choice
+from frontend.structured_output import read_format, read_structured_outputs
+from frontend.tool_choice import Tools, read_tools
 from protocol.errors import EngineError, InvalidRequestError
 from protocol.messages import ChatPrompt, Prompt
+from protocol.structured_outputs import StructuredOutputsParams
 
 _encode = msgspec.json.encode
 
@@ -65,12 +68,7 @@ class ResponsesEndpoint(Endpoint):
     def _decode(self, body: bytes) -> tuple[ResponsesFields, list[Prompt | list[int]]]:
         fields: ResponsesFields = RESPONSES_REQUEST.decode(body)
         check_fields(fields)
-        tools = read_tools(
-            [nested_tool(tool) for tool in fields.tools or ()],
-            nested_tool_choice(fields.tool_choice),
-            fields.parallel_tool_calls,
-        )
-        require_free_choice(tools)
+        tools = self._tools(fields)
         messages: list[Message] = []
         if fields.instructions:
             messages.append({"role": "system", "content": fields.instructions})
@@ -78,6 +76,17 @@ class ResponsesEndpoint(Endpoint):
             messages += self._store.get(fields.previous_response_id, "previous_response_id").messages
         messages += messages_of(fields.input)
         return fields, [ChatPrompt(messages, tools.offered or None, fields.chat_template_kwargs or {})]
+
+    def _tools(self, fields: ResponsesFields) -> Tools:
+        return read_tools(
+            [nested_tool(tool) for tool in fields.tools or ()],
+            nested_tool_choice(fields.tool_choice),
+            fields.parallel_tool_calls,
+        )
+
+    def _structured_outputs(self, fields: ResponsesFields) -> tuple[StructuredOutputsParams | None, str]:
+        by_format = read_format(text_format(fields), "text.format")
+        return read_structured_outputs(fields.structured_outputs, by_format, "text.format")
 
     def _max_tokens(self, fields: ResponsesFields) -> tuple[int | None, str | None]:
         return fields.max_output_tokens, "max_output_tokens"
@@ -106,6 +115,7 @@ class ResponsesEndpoint(Endpoint):
             top_p=defaults.top_p if fields.top_p is None else fields.top_p,
             tool_choice=fields.tool_choice or "auto",
             tools=[{"strict": None, **tool} for tool in fields.tools or ()],
+            text={"format": text_format(fields)},
         )
         conversation = prompt.messages[1:] if fields.instructions else prompt.messages
         return _Answer(body, new_parser() if new_parser is not None else None, conversation)

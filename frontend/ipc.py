@@ -212,7 +212,7 @@ class IpcServer:
         try:
             self._service.require_ready()
             rendered = self._service.prompts.render(generate.prompt)
-            if is_long(rendered):
+            if is_long(rendered) or generate.params.structured_outputs is not None:
                 task = self._loop.create_task(self._encode_and_submit(client, generate, rendered))
                 client.encoding[request_id] = task
             else:
@@ -228,9 +228,12 @@ class IpcServer:
         try:
             truncate = generate.params.truncate_prompt_tokens
             token_ids = await self._service.prompts.encode_in_thread(rendered, truncate)
+            grammar = await self._service.grammars.of_answer(
+                generate.params.structured_outputs, generate.prompt, token_ids
+            )
             self._service.require_ready()
             if self._is_here(client):
-                self._submit(client, generate, token_ids, arrived)
+                self._submit(client, generate, token_ids, arrived, grammar)
         except (InvalidRequestError, EngineUnavailableError) as error:
             self._fail(client, generate.request_id, error)
         finally:
@@ -239,7 +242,12 @@ class IpcServer:
                 del client.encoding[generate.request_id]
 
     def _submit(
-        self, client: ClientConnection, generate: Generate, token_ids: list[int], arrived: float | None = None
+        self,
+        client: ClientConnection,
+        generate: Generate,
+        token_ids: list[int],
+        arrived: float | None = None,
+        grammar: str | None = None,
     ) -> None:
         params = self._service.prompts.fit_max_tokens(generate.params, token_ids)
         request = self._service.requests.submit(
@@ -251,6 +259,7 @@ class IpcServer:
             priority=generate.priority,
             cache_salt=generate.cache_salt,
             arrival_time=arrived,
+            grammar=grammar,
         )
         client.requests[generate.request_id] = request
         if not isinstance(generate.prompt, TokenPrompt) or params.truncate_prompt_tokens is not None:

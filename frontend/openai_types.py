@@ -64,6 +64,7 @@ class RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     def logprobs_wanted(self) -> tuple[int | None, int | None]:
         """How many alternatives are wanted for each token of the answer and of the prompt; None asks for nothing."""
@@ -72,6 +73,7 @@ class RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
 
 class ChatFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
     messages: list[dict[str, Any]]
+    response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -94,6 +96,7 @@ class ChatFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
 class CompletionFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
     prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
     echo: bool | None = None
 
     def logprobs_wanted(self) -> tuple[int | None, int | None]:
@@ -130,11 +133,9 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "spaces_between_special_tokens": (True,),
     "store": (False,),
-    "structured_outputs": (),
     "use_beam_search": (False,),
     "vllm_xargs": (),
 }

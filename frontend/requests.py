@@ -162,8 +162,11 @@ class RequestTable:
         priority: int = 0,
         cache_salt: str | None = None,
         arrival_time: float | None = None,
+        grammar: str | None = None,
     ) -> RunningRequest:
         """Hands a checked request to the core. Each of several choices is one: see `SamplingParams.choice`.
+
+        `grammar` is that of the parameters' structured outputs, see `AnswerGrammars`.
 
         It arrived at `arrival_time`, if it was not just now.
 
@@ -191,9 +194,11 @@ class RequestTable:
         core_id = next(self._core_ids)
         request = RunningRequest(core_id, prompt_token_ids, params, sink, tag, stream, self._tokenizer, arrived)
         # Stop strings are found here: the core knows no text.
-        core_params = msgspec.structs.replace(params, stop=(), bad_words=()) if params.stop or bad_words else params
+        core_params = params
+        if params.stop or bad_words or params.structured_outputs is not None:
+            core_params = msgspec.structs.replace(params, stop=(), bad_words=(), structured_outputs=None)
         prompt = pack_ints(prompt_token_ids)
-        message = AddRequest(request.core_id, prompt, core_params, priority, cache_salt, bad_words)
+        message = AddRequest(request.core_id, prompt, core_params, priority, cache_salt, bad_words, grammar)
         if not self._core.send(message):
             raise EngineUnavailableError("the engine core does not take requests at the moment")
         self._running[request.core_id] = request
@@ -233,7 +238,9 @@ class RequestTable:
         """Distributes what one step produced. A request has at most one token in a step."""
         running = self._running
         # The token that ended a request, an end-of-sequence or stop token, is not part of its text unless asked for.
-        ended_by_token = {finished.request_id for finished in step.finished if finished.reason == "stop"}
+        ended_by_token = {
+            finished.request_id for finished in step.finished if finished.reason == "stop" and not finished.is_complete
+        }
         for measured in step.prompt_logprobs:
             if measured.request_id in running:
                 running[measured.request_id].add_prompt_logprobs(measured.tokens)
@@ -301,7 +308,8 @@ class RequestTable:
             if request.text.stopped_by is not None:
                 reason, stop_reason = "stop", request.text.stopped_by
         elif request.wants_text and self._tokenizer is not None:
-            is_last_left_out = reason == "stop" and not request.params.include_stop_str_in_output
+            ended_by_token = reason == "stop" and not finished.is_complete
+            is_last_left_out = ended_by_token and not request.params.include_stop_str_in_output
             ids = request.token_ids[:-1] if is_last_left_out else request.token_ids
             parts.append(self._tokenizer.decode(ids, request.params.skip_special_tokens))
         self._count_end(request, reason)

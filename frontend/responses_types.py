@@ -72,11 +72,16 @@ def check_fields(fields: ResponsesFields) -> None:
                 f"reasoning.{name} is not supported: it can only be null, got {value!r}", f"reasoning.{name}"
             )
     for name, value in (fields.text or {}).items():
-        if value is not None and (name, value) != ("format", {"type": "text"}):
-            expected = '{"type": "text"} or null' if name == "format" else "null"
+        if name == "format" and not isinstance(value, dict | None):
+            raise InvalidRequestError.out_of_range("text.format", value, "an object")
+        if value is not None and name != "format":
             raise InvalidRequestError(
-                f"text.{name} is not supported: it can only be {expected}, got {value!r}", f"text.{name}"
+                f"text.{name} is not supported: it can only be null, got {value!r}", f"text.{name}"
             )
+
+
+def text_format(fields: ResponsesFields) -> dict[str, Any]:
+    return (fields.text or {}).get("format") or {"type": "text"}
 
 
 def nested_tool(tool: dict[str, Any]) -> dict[str, Any]:
@@ -167,14 +172,6 @@ class ReasoningOptions(Struct, frozen=True):
     summary: None = None
 
 
-class TextFormat(Struct, frozen=True):
-    type: str = "text"
-
-
-class TextOptions(Struct, frozen=True):
-    format: TextFormat = TextFormat()
-
-
 class ResponseBody(Struct, kw_only=True):
     """A response, also one that is not finished. Most fields say again what the request said."""
 
@@ -198,6 +195,6 @@ class ResponseBody(Struct, kw_only=True):
     tools: list[dict[str, Any]]
     background: bool = False
     reasoning: ReasoningOptions = ReasoningOptions()
-    text: TextOptions = TextOptions()
+    text: dict[str, Any]
     truncation: str = "disabled"
     object: str = "response"

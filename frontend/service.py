@@ -20,6 +20,7 @@ from frontend.generation_config import load_sampling_defaults
 from frontend.metrics import RequestMetrics
 from frontend.prompts import Prompts
 from frontend.requests import RequestTable
+from frontend.structured_output import AnswerGrammars
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_file import tokenizer_file
 from protocol.config import EngineConfig
@@ -51,6 +52,7 @@ class Service:
     tokenizer: Tokenizer | None
     answer_format: AnswerFormat
     prompts: Prompts
+    grammars: AnswerGrammars
     requests: RequestTable
 
     def __init__(self, context: zmq.Context, config: EngineConfig) -> None:
@@ -81,6 +83,7 @@ class Service:
         )
         self.answer_format = answer_format(self.config.options, self.tokenizer)
         self.prompts = Prompts(self.tokenizer, self.engine, self._executor)
+        self.grammars = AnswerGrammars(self.tokenizer, self.answer_format, self._executor)
         self.requests = RequestTable(self.core, self.tokenizer, self.engine.vocab_size, self.metrics)
         self.state = "ready"
 

@@ -1,6 +1,6 @@
 """The functions that a request offers to the model, and which of them it may or must call.
 
-Checks both, and makes the grammar of an answer that must call. Knows nothing of how calls are found in an answer.
+Checks both, and writes the grammar rules of an answer that calls. Knows nothing of how calls are found in an answer.
 """
 
 from __future__ import annotations
@@ -72,16 +72,6 @@ def read_tools(
     return Tools(offered, must_call, name, parallel_tool_calls is not False)
 
 
-def require_free_choice(tools: Tools) -> None:
-    """Raises InvalidRequestError if the answer has to be a call, which takes a grammar: see `call_grammar`."""
-    if tools.must_call:
-        choice = "'required'" if tools.name is None else f"a named function ({tools.name!r})"
-        raise InvalidRequestError(
-            f"tool_choice cannot be {choice} yet: it can only be 'auto' or 'none', got {tools.name or 'required'!r}",
-            "tool_choice",
-        )
-
-
 def _read_tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     if tool.get("type") != "function":
         raise InvalidRequestError(f"{where}.type must be 'function', got {tool.get('type')!r}", "tools")
@@ -105,42 +95,54 @@ def _read_tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"type": "function", "function": shown}
 
 
-def call_grammar(tools: Tools, thinking: Thinking, tokens: Container[str]) -> str:
-    """The Lark grammar, in llguidance's dialect, of an answer that must call: thoughts if they may come, then calls.
+def thoughts_rules(thinking: Thinking, answer: str, tokens: Container[str]) -> list[str]:
+    """Lark rules, in llguidance's dialect, of thoughts if they may come, and then `answer`.
 
-    Calls are written as Qwen3 writes them, with arguments that fit the function's schema. `thinking` says where the
-    answer starts. `tokens` are those tags that are tokens of their own, which such a grammar does not spell out.
+    `thinking` says where it starts. `tokens` are those tags that are tokens of their own, which such a grammar does not
+    spell out.
     """
-
-    def tag(text: str) -> str:
-        return text if text in tokens else f'"{text}"'
-
-    functions = [tool["function"] for tool in tools.offered if tools.name in (None, tool["function"]["name"])]
     if thinking == "over":
-        lines = ["start: calls"]
-    else:
-        lines = ["start: thoughts? calls" if thinking == "undecided" else "start: thinking calls"]
-        lines += [f"thoughts: {tag('<think>')} thinking", 'thinking: within "\\n\\n"']
-        is_token = "</think>" in tokens
-        lines.append("within: /(?s:.*)/ </think>" if is_token else 'within[suffix="</think>"]: /(?s:.*)/')
+        return [f"start: {answer}"]
+    is_token = "</think>" in tokens
+    return [
+        f"start: thoughts? {answer}" if thinking == "undecided" else f"start: thinking {answer}",
+        f"thoughts: {_tag('<think>', tokens)} thinking",
+        'thinking: within "\\n\\n"',
+        "within: /(?s:.*)/ </think>" if is_token else 'within[suffix="</think>"]: /(?s:.*)/',
+    ]
+
+
+def call_rules(tools: Tools, tokens: Container[str]) -> list[str]:
+    """Lark rules of `calls`, as Qwen3 writes them, with arguments that fit the function's schema."""
+    functions = [tool["function"] for tool in tools.offered if tools.name in (None, tool["function"]["name"])]
     several = tools.parallel and tools.name is None
-    lines += [
+    lines = [
         'calls: call ("\\n" call)*' if several else "calls: call",
-        f'call: {tag("<tool_call>")} "\\n" object "\\n" {tag("</tool_call>")}',
+        f'call: {_tag("<tool_call>", tokens)} "\\n" object "\\n" {_tag("</tool_call>", tokens)}',
         "object: " + " | ".join(f"object_{index}" for index in range(len(functions))),
     ]
     for index, function in enumerate(functions):
         head = _quoted('{"name": ' + _quoted(function["name"]) + ', "arguments": ')
         lines.append(f'object_{index}: {head} arguments_{index} "}}"')
-        lines.append(f"arguments_{index}: %json {json.dumps(_arguments_schema(function))}")
-    return "\n".join(lines) + "\n"
+        lines.append(f"arguments_{index}: %json {json.dumps(arguments_schema(function))}")
+    return lines
+
+
+def spacing(whitespace_pattern: str | None = None) -> dict[str, Any]:
+    """How llguidance lets JSON be written: as models have seen it in training, and nothing between its parts that could
+    go on for ever; or with what the pattern allows there."""
+    if whitespace_pattern is not None:
+        return {"whitespace_pattern": whitespace_pattern}
+    return {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def _tag(text: str, tokens: Container[str]) -> str:
+    return text if text in tokens else f'"{text}"'
 
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    # Separators as models have seen them in training, and nothing between them that could go on for ever.
-    spacing = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return {"type": "object", **(function.get("parameters") or {}), "x-guidance": spacing}
+def arguments_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", **(function.get("parameters") or {}), "x-guidance": spacing()}

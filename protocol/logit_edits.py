@@ -16,6 +16,7 @@ class LogitEdits(Struct, array_like=True, frozen=True, gc=False):
         bias_ids, biases: what is added to these tokens' logits.
         bad_words: sequences whose last token is not drawn after those before it.
         allowed_ids: the only tokens that may be drawn; None for all.
+        is_masked: what may be drawn comes with each step, see `StepMasks`.
     """
 
     presence_penalty: float = 0.0
@@ -27,6 +28,7 @@ class LogitEdits(Struct, array_like=True, frozen=True, gc=False):
     biases: Float32Array = b""
     bad_words: list[Int32Array] = []
     allowed_ids: Int32Array | None = None
+    is_masked: bool = False
 
     def __post_init__(self) -> None:
         require_whole(self, ("suppressed_ids", "bias_ids", "biases"), 4)

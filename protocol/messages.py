@@ -5,7 +5,7 @@ little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a co
 
     Python client ⇄ frontend     Hello Generate Abort Heartbeat GetStats | Welcome Refused Started Outputs Failed Stats
     frontend ⇄ core              CoreHello AddRequest AbortRequests GetStats | CoreReady StepOutputs Failed Stats
-    core ⇄ worker                Step Shutdown | WorkerReady StepResult WorkerFailed
+    core ⇄ worker                Step StepMasks Shutdown | WorkerReady StepResult WorkerFailed
     any process → launcher       Progress ProcessReady ProcessFailed
 """
 
@@ -24,7 +24,7 @@ from protocol.sampling import SamplingParams
 
 __all__ = ["pack_ints", "unpack_ints"]
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 FinishReason = Literal["stop", "length", "abort"]
 Count = Annotated[int, Meta(ge=0)]
@@ -156,12 +156,17 @@ class Started(Message, frozen=True):
 
 
 class Finished(Struct, array_like=True, frozen=True):
-    """The end of one request. `stop_reason` is the stop string or stop token id that ended it, if one did."""
+    """The end of one request. `stop_reason` is the stop string or stop token id that ended it, if one did.
+
+    With the reason "stop", the last token is the one that said so, and no part of the text. Not so if `is_complete`:
+    after it the request's grammar leaves nothing to come.
+    """
 
     request_id: int
     reason: FinishReason
     stop_reason: str | int | None = None
     num_cached_tokens: int = 0
+    is_complete: bool = False
 
 
 class Outputs(HotMessage, frozen=True):
@@ -219,7 +224,8 @@ class CoreReady(Message, frozen=True):
 class AddRequest(Message, frozen=True):
     """A checked and tokenized request. `request_id` is unique within the frontend that sends it.
 
-    `bad_words` are the token sequences of the words that must not be generated: the core knows no text.
+    `bad_words` are the token sequences of the words that must not be generated: the core knows no text. `grammar` is
+    what the answer must be, in llguidance's form.
     """
 
     request_id: int
@@ -228,6 +234,7 @@ class AddRequest(Message, frozen=True):
     priority: int = 0
     cache_salt: str | None = None
     bad_words: list[Int32Array] = []
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         require_whole(self, ("prompt_token_ids",), 4)
@@ -299,6 +306,8 @@ class Step(HotMessage, frozen=True):
     `new_block_slots[i]`. Decoding rows come first and each computes one token: `decode_slots` is None when they are
     the last step's. Prefill row `i` computes the next `prefill_lens[i]` known tokens of slot `prefill_slots[i]` and
     samples if `prefill_samples[i]`. One token comes back for each decoding row and each prefill row that samples.
+
+    If `needs_masks`, rows wait for a grammar's mask: the forward pass can run, the sampler waits for `StepMasks`.
     """
 
     step_id: int
@@ -312,6 +321,7 @@ class Step(HotMessage, frozen=True):
     prefill_slots: Int32Array = b""
     prefill_lens: Int32Array = b""
     prefill_samples: bytes = b""
+    needs_masks: bool = False
 
     def __post_init__(self) -> None:
         arrays = ("released_slots", "new_block_slots", "new_block_positions", "new_block_ids")
@@ -320,6 +330,21 @@ class Step(HotMessage, frozen=True):
             require_whole(self, ("decode_slots",), 4)
         require_same_count(self, *((name, 4) for name in arrays[1:]))
         require_same_count(self, ("prefill_slots", 4), ("prefill_lens", 4), ("prefill_samples", 1))
+
+
+class StepMasks(HotMessage, frozen=True):
+    """What the grammars of a step's rows allow, sent once the tokens before are known, and before the next step.
+
+    `masks` holds a row for each of `slots`: a bit a token of the vocabulary, in 32-bit words, the lowest bit first.
+    Rows that need a mask and are not here belong to requests that have ended: what they draw is dropped.
+    """
+
+    step_id: int
+    slots: Int32Array
+    masks: Int32Array
+
+    def __post_init__(self) -> None:
+        require_whole(self, ("slots", "masks"), 4)
 
 
 class StepResult(HotMessage, frozen=True):
@@ -359,7 +384,7 @@ class Shutdown(Message, frozen=True):
     pass
 
 
-CoreToWorker = Step | Shutdown
+CoreToWorker = Step | StepMasks | Shutdown
 WorkerToCore = WorkerReady | StepResult | WorkerFailed
 
 # --- any process → launcher -----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import InvalidRequestError
+from protocol.structured_outputs import StructuredOutputsParams
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
@@ -59,6 +60,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True)
         prompt_logprobs: the same of the prompt's tokens, the first excepted. The prompt is then computed as a whole,
             whatever the prefix cache holds.
         truncate_prompt_tokens: use only so many of the prompt's last tokens; -1 as many as the context holds.
+        structured_outputs: what the answer must be: JSON of a schema, one of several strings, in a grammar's language.
+            It ends where that is complete, whatever `ignore_eos` and `min_tokens` say.
 
     Raises:
         InvalidRequestError: a value is out of its range; the error names the field.
@@ -87,6 +90,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         # A user may pass a list, or one string: accept what vLLM accepts, store one form.
@@ -119,6 +123,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True)
             _require_int("stop_token_ids", token, 0, _INT32_MAX, "made of token ids")
         self._check_logit_edits()
         self._check_counts()
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise InvalidRequestError.out_of_range(
+                "structured_outputs", self.structured_outputs, "StructuredOutputsParams or None"
+            )
 
     def _check_logit_edits(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):

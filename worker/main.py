@@ -22,6 +22,7 @@ from protocol.messages import (
     Malformed,
     Shutdown,
     Step,
+    StepMasks,
     WorkerFailed,
     WorkerReady,
 )
@@ -141,7 +142,10 @@ def make_profiler(config: EngineConfig) -> StepProfiler | None:
 
 
 def serve(channel: Channel, runner: StepRunner, profiler: StepProfiler | None) -> None:
-    """Runs steps until `Shutdown`."""
+    """Runs steps until `Shutdown`.
+
+    While a step waits for masks, which depend on the tokens before it, those of earlier steps still go back.
+    """
     pending: deque[PendingTokens] = deque()
     while True:
         received = channel.receive(0 if pending else None)
@@ -150,7 +154,11 @@ def serve(channel: Channel, runner: StepRunner, profiler: StepProfiler | None) -
             if isinstance(message, Step):
                 if profiler is not None:
                     profiler.before_step()
-                pending.append(runner.execute(message))
+                launched = runner.execute(message)
+                if launched is not None:
+                    pending.append(launched)
+            elif isinstance(message, StepMasks):
+                pending.append(runner.finish(message))
             elif isinstance(message, Shutdown):
                 if profiler is not None:
                     profiler.close()

@@ -7,7 +7,7 @@ small decode steps. The largest steps run eagerly, where launches hide behind th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from protocol.config import EngineConfig
-from protocol.messages import Step, unpack_ints
+from protocol.messages import Step, StepMasks, unpack_ints
 from worker.batch_state import BatchState
 from worker.graphs import MOST_ROWS_OF_ONE_GRAPH, GraphCache, batch_buckets, bucket_for, token_buckets
 from worker.kernels import Ops
@@ -38,8 +38,22 @@ class Capture:
     warm_up: bool = True  # False where another capture's has done all of it
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What is left of a step whose forward pass has been launched: drawing tokens and sending them back."""
+
+    step: Step
+    padded_rows: int
+    sampling_slots: np.ndarray
+    variant: SamplingVariant
+    prompt_logprobs: list[PackedRows]
+
+
 class StepRunner:
-    """Owns the batch's state on the device and executes steps in the order given."""
+    """Owns the batch's state on the device and executes steps in the order given.
+
+    A step that needs masks is held between its two parts until they come, which must be before the next step.
+    """
 
     def __init__(self, config: EngineConfig, model: Qwen3, ops: Ops, device: torch.device, dtype: torch.dtype) -> None:
         self._on_gpu = device.type == "cuda"
@@ -59,12 +73,17 @@ class StepRunner:
         self._decode_slots = np.empty(0, np.int32)
         self._sent_decode_rows: int | None = None  # rows of the decode step whose inputs are on the device
         self._graphs: GraphCache | None = None
+        self._held: Head | None = None
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def execute(self, step: Step) -> PendingTokens:
-        """Launches a step. Its tokens come back as one int32 for each row that samples, in row order."""
+    def execute(self, step: Step) -> PendingTokens | None:
+        """Launches a step. Its tokens come back as one int32 for each row that samples, in row order.
+
+        Of a step that needs masks, launches the forward pass, and returns None: `finish` does the rest.
+        """
+        assert self._held is None, f"step {step.step_id} came before the masks of the step before"
         self.state.apply_changes(step)
         for admitted in step.admitted:
             self._edits.admit(admitted)
@@ -73,7 +92,17 @@ class StepRunner:
             self._decode_slots = unpack_ints(step.decode_slots)
         return self._execute_mixed(step) if step.prefill_slots else self._execute_decode(step, decode_changed)
 
-    def _execute_decode(self, step: Step, changed: bool) -> PendingTokens:
+    @torch.inference_mode()
+    def finish(self, masks: StepMasks) -> PendingTokens:
+        """Launches what is left of the step that is held."""
+        head, self._held = self._held, None
+        assert head is not None, f"masks of step {masks.step_id}, and none waits"
+        assert head.step.step_id == masks.step_id, f"masks of step {masks.step_id} for step {head.step.step_id}"
+        self._edits.set_masks(masks)
+        self._launch_head(head)
+        return self._send_back(head)
+
+    def _execute_decode(self, step: Step, changed: bool) -> PendingTokens | None:
         """A step of decode rows alone. One equal to the last step copies nothing to the device."""
         slots = self._decode_slots
         self.state.host_lens[slots] += 1
@@ -81,12 +110,15 @@ class StepRunner:
         if changed or self._sent_decode_rows != rows:
             self._inputs.send(self._decode_rows(slots, rows))
             self._sent_decode_rows = rows
-        variant, shape = self._variant(slots), self._decode_shape(rows)
-        if not self._replay((shape, variant)):
-            self._launch(shape, rows, variant)
-        return self._results.send_back(step, len(slots), self._wanted_logprobs(slots, variant), [])
+        shape, head = self._decode_shape(rows), Head(step, rows, slots, self._variant(slots), [])
+        # Steps that need masks are edited, and one graph for both parts is of those that are not.
+        if self._replay((shape, head.variant)):
+            return self._send_back(head)
+        if not self._replay(shape):
+            self.program.forward(shape)
+        return self._finish_or_hold(head)
 
-    def _execute_mixed(self, step: Step) -> PendingTokens:
+    def _execute_mixed(self, step: Step) -> PendingTokens | None:
         """A step with prefill rows."""
         state, decode = self.state, self._decode_slots
         state.host_lens[decode] += 1
@@ -127,30 +159,30 @@ class StepRunner:
             )
         )
         self._sent_decode_rows = None
-        variant = self._variant(sample_slots)
         stretches = self._prompt_stretches(prefill, starts, query_start[len(decode) :])
-        packed = self._launch(shape, sampling_rows, variant, stretches)
-        return self._results.send_back(step, len(sample_slots), self._wanted_logprobs(sample_slots, variant), packed)
-
-    def _launch(
-        self,
-        shape: ForwardShape,
-        sampling_rows: int,
-        variant: SamplingVariant,
-        stretches: Sequence[PromptStretch] = (),
-    ) -> list[PackedRows]:
-        """Launches the two programs of a step, each as a graph if it was captured, and measures prompts.
-
-        Those need all hidden states, which a graph does not keep: the step runs kernel by kernel, at the same size.
-        """
         packed: list[PackedRows] = []
         if stretches:
+            # They need all hidden states, which a graph does not keep: the step runs kernel by kernel, at that size.
             packed = self._results.measure_prompts(self.program.forward(shape), stretches)
         elif not self._replay(shape):
             self.program.forward(shape)
-        if sampling_rows and not self._replay((sampling_rows, variant)):
-            self.program.head(sampling_rows, variant)
-        return packed
+        return self._finish_or_hold(Head(step, sampling_rows, sample_slots, self._variant(sample_slots), packed))
+
+    def _finish_or_hold(self, head: Head) -> PendingTokens | None:
+        if head.step.needs_masks:
+            self._held = head
+            return None
+        self._launch_head(head)
+        return self._send_back(head)
+
+    def _launch_head(self, head: Head) -> None:
+        if head.padded_rows and not self._replay((head.padded_rows, head.variant)):
+            self.program.head(head.padded_rows, head.variant)
+
+    def _send_back(self, head: Head) -> PendingTokens:
+        slots = head.sampling_slots
+        wanted = self._wanted_logprobs(slots, head.variant)
+        return self._results.send_back(head.step, len(slots), wanted, head.prompt_logprobs)
 
     def _wanted_logprobs(self, slots: np.ndarray, variant: SamplingVariant) -> np.ndarray | None:
         return self.state.host_logprobs[slots] if variant is SamplingVariant.LOGPROBS else None
@@ -236,6 +268,7 @@ class StepRunner:
             self.program.forward(ForwardShape(decode, rows, tokens, rows, max(prefill, 1), tokens))
         for variant in SamplingVariant:
             self.program.head(1, variant)
+        self._edits.warm_up()
         self._sent_decode_rows = None
 
     def capture_graphs(

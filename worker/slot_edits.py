@@ -9,10 +9,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from protocol.arrays import unpack_floats, unpack_ints
+from protocol.arrays import pack_ints, unpack_floats, unpack_ints
 from protocol.logit_edits import LogitEdits
-from protocol.messages import AdmittedSlot
+from protocol.messages import AdmittedSlot, StepMasks
 from protocol.sampling import MAX_BAD_WORDS, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from worker.batch_state import StagingRing
 from worker.kernels.edit_logits import (
     HAS_ALLOWED,
     HAS_LISTS,
@@ -31,6 +32,7 @@ class SlotEdits:
         self._vocab_size = vocab_size
         self._device = device
         self._is_edited = np.zeros(num_slots, np.bool_)
+        self._masks = StagingRing(num_slots * (1 + -(-vocab_size // 32)), device)
         # A bad word has a sequence for itself, and one for itself after a space.
         self.tables = EditTables.allocate(
             num_slots, vocab_size, MAX_LOGIT_BIASES + MAX_STOP_TOKEN_IDS + num_eos, 2 * MAX_BAD_WORDS, device
@@ -44,6 +46,25 @@ class SlotEdits:
         elif self._is_edited[slot]:
             self.tables.headers[slot].zero_()
         self._is_edited[slot] = edits is not None
+
+    def set_masks(self, masks: StepMasks) -> None:
+        """Sets what slots may draw in the step that is about to sample, in one copy.
+
+        On the device's stream that is after all that earlier steps read.
+        """
+        slots, bits = unpack_ints(masks.slots), unpack_ints(masks.masks)
+        if not len(slots):
+            return
+        total = len(slots) + len(bits)
+        host = self._masks.next_host_buffer()
+        host[: len(slots)], host[len(slots) : total] = slots, bits
+        on_device = self._masks.send(0, total)
+        self.tables.allowed[on_device[: len(slots)]] = on_device[len(slots) :].view(len(slots), -1)
+
+    def warm_up(self) -> None:
+        """Uses what `set_masks` uses, on the null slot, which nothing reads."""
+        null = len(self.tables.allowed) - 1
+        self.set_masks(StepMasks(0, pack_ints([null]), pack_ints(np.zeros(self.tables.allowed.shape[1]))))
 
     def _fill(self, admitted: AdmittedSlot, edits: LogitEdits) -> None:
         tables, slot = self.tables, admitted.slot
@@ -64,6 +85,8 @@ class SlotEdits:
         if edits.allowed_ids is not None:
             applies |= HAS_ALLOWED
             tables.allowed[slot] = self._to_device(_bitmask(unpack_ints(edits.allowed_ids), self._vocab_size))
+        if edits.is_masked:
+            applies |= HAS_ALLOWED  # `set_masks` comes before each token is drawn
         if len(bias_ids) or len(words):
             applies |= HAS_LISTS
         counts = [len(suppressed), edits.suppressed_until, len(bias_ids), len(words)]

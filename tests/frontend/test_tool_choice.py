@@ -10,7 +10,8 @@ import tokenizers
 
 from bundled import MODEL_DIR
 from frontend.reasoning import Thinking
-from frontend.tool_choice import NamedFunction, NamedToolChoice, Tools, call_grammar, read_tools
+from frontend.structured_output import answer_grammar
+from frontend.tool_choice import NamedFunction, NamedToolChoice, Tools, read_tools
 from protocol.errors import InvalidRequestError
 from tests.support.requests import WEATHER
 
@@ -71,13 +72,13 @@ def named(name: str) -> NamedToolChoice:
 def test_the_grammar_takes_calls_and_nothing_else(
     matches: Any, choice: Any, parallel: bool, thinking: Thinking, taken: list[str], not_taken: list[str]
 ) -> None:
-    grammar = call_grammar(read_tools([WEATHER, TIME], choice, parallel), thinking, TAGS)
+    grammar = answer_grammar(None, thinking, read_tools([WEATHER, TIME], choice, parallel), TAGS)
     assert [text for text in taken if not matches(grammar, text)] == []
     assert [text for text in not_taken if matches(grammar, text)] == []
 
 
 def test_the_grammar_spells_out_tags_that_are_no_tokens() -> None:
-    grammar = call_grammar(read_tools([WEATHER], "required", True), "undecided", set())
+    grammar = answer_grammar(None, "undecided", read_tools([WEATHER], "required", True), set())
     plain = llguidance.LLTokenizer("byte")
     for text in (PARIS, f"<think>\nI </ think.\n</think>\n\n{PARIS}"):
         matcher = llguidance.LLMatcher(plain, grammar)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import deque
 from pathlib import Path
+from threading import Event
 from typing import Any
 
-from core.engine import PIPELINE_DEPTH, scheduler_config
+from core.engine import PIPELINE_DEPTH, grammars_of, scheduler_config
+from core.masks import MaskMaker
 from core.scheduler import Scheduler
 from core.step_time import StepTimeModel
 from protocol.config import EngineConfig, make_options
 from protocol.logprobs import TokenLogprob, unpack_logprobs
-from protocol.messages import AddRequest, StepOutputs, pack_ints, unpack_ints
+from protocol.messages import AddRequest, Finished, StepOutputs, pack_ints, unpack_ints
 from protocol.resolve import resolve
 from protocol.sampling import SamplingParams
 from worker.main import make_runner
@@ -39,30 +41,43 @@ class InProcessEngine:
         self.scheduler = Scheduler(scheduler_config(self.config, ready), step_time=step_time)
         self.depth = PIPELINE_DEPTH if self.config.options.async_scheduling else 1
         self.finished: dict[int, str] = {}
+        self.ended: dict[int, Finished] = {}
         # Of the last call, by prompt: an entry a token, and by position in the prompt.
         self.logprobs: list[list[TokenLogprob]] = []
         self.prompt_logprobs: list[dict[int, TokenLogprob]] = []
         self._next_id = 0
+        self._grammar_is_ready = Event()
+        self._grammars = grammars_of(self.config, self._grammar_is_ready.set)
+        self._masks = MaskMaker(self.config.model_config.vocab_size, self.config.model_config.eos_token_ids)
 
     def generate(
         self,
         prompts: list[list[int]],
         params: SamplingParams | list[SamplingParams],
         bad_words: list[list[list[int]]] | None = None,
+        grammars: list[str | None] | None = None,
     ) -> list[list[int]]:
-        """Token ids of each prompt's answer, all prompts submitted together. Bad words come as token ids, as from a
-        frontend."""
+        """Token ids of each prompt's answer, all prompts submitted together. Bad words come as token ids, and grammars
+        in llguidance's form, as from a frontend."""
         each = params if isinstance(params, list) else [params] * len(prompts)
         first = self._next_id
         tokens: dict[int, list[int]] = {}
         words = bad_words or [[]] * len(prompts)
         self.logprobs, self.prompt_logprobs = [[] for _ in prompts], [{} for _ in prompts]
-        for prompt, sampling, sequences in zip(prompts, each, words, strict=True):
+        for prompt, sampling, sequences, grammar in zip(
+            prompts, each, words, grammars or [None] * len(prompts), strict=True
+        ):
             tokens[self._next_id] = []
             request = AddRequest(
-                self._next_id, pack_ints(prompt), sampling, bad_words=[pack_ints(ids) for ids in sequences]
+                self._next_id,
+                pack_ints(prompt),
+                sampling,
+                bad_words=[pack_ints(ids) for ids in sequences],
+                grammar=grammar,
             )
             self.scheduler.add(0, request)
+            if grammar is not None:
+                self._start_grammar((0, self._next_id), grammar)
             self._next_id += 1
         for message in self.run():
             assert isinstance(message, StepOutputs), message
@@ -76,20 +91,37 @@ class InProcessEngine:
                 self.prompt_logprobs[stretch.request_id - first].update(unpack_logprobs(stretch.tokens))
             for finished in message.finished:
                 self.finished[finished.request_id] = finished.reason
+                self.ended[finished.request_id] = finished
         return [tokens[request_id] for request_id in range(first, self._next_id)]
+
+    def _start_grammar(self, key: tuple[int, int], grammar: str) -> None:
+        self._grammar_is_ready.clear()
+        self._grammars.compile(key, grammar)
+        assert self._grammar_is_ready.wait(60)
+        for ready in self._grammars.take_ready():
+            assert self.scheduler.start_grammar(*ready) is None, ready
 
     def run(self):
         """Runs steps until nothing is left, as the two processes would; yields what the frontend would get."""
         pending: deque[PendingTokens] = deque()
         while True:
+            self._finish_masked(pending)
             while self.scheduler.num_in_flight < self.depth:
                 step = self.scheduler.schedule()
                 if step is None:
                     break
-                pending.append(self.runner.execute(step))
+                launched = self.runner.execute(step)
+                if launched is not None:
+                    pending.append(launched)
+                self._finish_masked(pending)
             if not pending:
                 return
             done = pending.popleft()
             effects = self.scheduler.apply(done.result())
             for _, message in effects.messages(0):
                 yield message
+
+    def _finish_masked(self, pending: deque[PendingTokens]) -> None:
+        masked = self.scheduler.take_masked_rows()
+        if masked is not None:
+            pending.append(self.runner.finish(self._masks.masks(*masked)))
