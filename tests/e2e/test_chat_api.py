@@ -210,13 +210,6 @@ def test_text_and_a_call_that_goes_on_come_apart(ai: OpenAI) -> None:
     assert '"city": "Paris"' in (answer.choices[0].message.content or "")
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_time"}}])
-def test_a_call_cannot_be_required_yet(ai: OpenAI, choice: Any) -> None:
-    with pytest.raises(openai.BadRequestError, match="only be 'auto' or 'none'") as caught:
-        chat(ai, PARIS, tools=TOOLS, tool_choice=choice)
-    assert caught.value.param == "tool_choice"
-
-
 def test_parsers_can_be_switched_off(start_engine: Any) -> None:
     flags = ("--reasoning-parser", "none", "--tool-call-parser", "none")
     engine = start_engine("--port", "0", *flags).wait_until_ready()

@@ -273,7 +273,7 @@ async def test_streams_side_by_side_are_not_mixed_up(engine: RunningEngine, clie
         (CHAT, {"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs", "21"),
         (CHAT, {"echo": True}, 400, "echo", "True"),
         (TEXT, {"best_of": 3}, 400, "best_of", "3"),
-        (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format", "json_object"),
+        (CHAT, {"response_format": {"type": "json"}}, 400, "response_format.type", "'json'"),
         (CHAT, {"tool_choice": "required"}, 400, "tool_choice", "required"),
         (TEXT, {"temprature": 0.5}, 400, "temprature", "temprature"),
         (TEXT, {"stream_options": {"include_usage": True}}, 400, "stream_options", "stream"),

@@ -20,7 +20,7 @@ from tests.support.schemas import record, schemas
 
 SCHEMAS = schemas()
 PROMPT = "Once upon a time there was"
-MAX_TOKENS = 160
+MAX_TOKENS = 100
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_text_follows_a_regex_a_choice_or_a_grammar(client: Client) -> None:
 def test_json_objects_and_white_space(client: Client) -> None:
     flat = record({"a": {"type": "boolean"}, "b": {"type": "boolean"}})
     params = [
-        *(structured(seed, json_object=True) for seed in range(12)),
+        *(structured(seed, json_object=True, max_tokens=60) for seed in range(12)),
         *(structured(seed, json=json.dumps(flat), whitespace_pattern=r"\n?") for seed in range(12)),
         *(structured(seed, json=flat) for seed in range(12)),
     ]
@@ -94,7 +94,7 @@ def test_json_objects_and_white_space(client: Client) -> None:
         if output.outputs[0].finish_reason == "stop":
             texts.append(output.outputs[0].text)
             assert isinstance(json.loads(texts[-1]), dict)
-    assert len(texts) > 24
+    assert len(texts) > 24, "some objects have ended too"
     assert any("\n" in text for text in texts[-24:-12])
     assert all(re.fullmatch(r'\{"a": \w+, "b": \w+\}', text) for text in texts[-12:])
 
@@ -183,7 +183,7 @@ class Trip(BaseModel):
 
 
 def test_the_openai_client_parses_into_a_model(ai: OpenAI) -> None:
-    for seed in range(4):
+    for seed in range(2):
         answer = ai.chat.completions.parse(
             model="tiny-qwen3", messages=ask("Where do I go?"), response_format=Trip, temperature=1, seed=seed,
             max_tokens=400,
@@ -237,7 +237,7 @@ def test_thoughts_come_first_and_are_free(ai: OpenAI) -> None:
 @pytest.mark.parametrize("choice", ["required", "get_time"])
 def test_an_answer_that_must_call_calls(ai: OpenAI, choice: str, stream: bool) -> None:
     tool_choice = choice if choice == "required" else {"type": "function", "function": {"name": choice}}
-    for seed in range(3):
+    for seed in range(2):
         options = {"tools": [WEATHER, TIME], "tool_choice": tool_choice, "seed": seed, "max_tokens": 300}
         if stream:
             with ai.chat.completions.stream(

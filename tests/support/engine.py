@@ -17,7 +17,7 @@ from core.scheduler import Scheduler
 from core.step_time import StepTimeModel
 from protocol.config import EngineConfig, make_options
 from protocol.logprobs import TokenLogprob, unpack_logprobs
-from protocol.messages import AddRequest, Finished, StepOutputs, pack_ints, unpack_ints
+from protocol.messages import AddRequest, Failed, Finished, StepOutputs, pack_ints, unpack_ints
 from protocol.resolve import resolve
 from protocol.sampling import SamplingParams
 from worker.main import make_runner
@@ -77,7 +77,7 @@ class InProcessEngine:
             )
             self.scheduler.add(0, request)
             if grammar is not None:
-                self._start_grammar((0, self._next_id), grammar)
+                self.start_grammar((0, self._next_id), grammar)
             self._next_id += 1
         for message in self.run():
             assert isinstance(message, StepOutputs), message
@@ -94,12 +94,18 @@ class InProcessEngine:
                 self.ended[finished.request_id] = finished
         return [tokens[request_id] for request_id in range(first, self._next_id)]
 
-    def _start_grammar(self, key: tuple[int, int], grammar: str) -> None:
+    def start_grammar(self, key: tuple[int, int], grammar: str) -> None:
+        """Lets a request go on that waits for its grammar."""
+        failed = self.compile_grammar(key, grammar)
+        assert failed is None, failed
+
+    def compile_grammar(self, key: tuple[int, int], grammar: str) -> Failed | None:
         self._grammar_is_ready.clear()
         self._grammars.compile(key, grammar)
         assert self._grammar_is_ready.wait(60)
-        for ready in self._grammars.take_ready():
-            assert self.scheduler.start_grammar(*ready) is None, ready
+        ((compiled_for, compiled),) = self._grammars.take_ready()
+        assert compiled_for == key
+        return self.scheduler.start_grammar(key, compiled)
 
     def run(self):
         """Runs steps until nothing is left, as the two processes would; yields what the frontend would get."""
