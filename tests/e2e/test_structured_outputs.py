@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jsonschema
@@ -62,6 +62,22 @@ def test_every_finished_answer_is_valid_for_its_schema(client: Client) -> None:
     # A number or a string without a bound may go on, and few others have.
     assert len(finished) >= 200, sorted(SCHEMAS.keys() - finished.keys())
     wait_until(lambda: is_idle(client.stats()), "the engine is idle, and no block is lost")
+
+
+def test_answers_are_valid_with_one_step_in_flight_and_few_blocks(start_engine: Callable[..., RunningEngine]) -> None:
+    flags = ("--no-http", "--no-async-scheduling", "--max-model-len", "256", "--num-gpu-blocks-override", "24")
+    engine = start_engine(*flags).wait_until_ready()
+    some = [
+        SCHEMAS[name] for name in ("array of objects", "matrix", "a tree", "anyOf objects", "word and perhaps date")
+    ]
+    with Client(engine.address) as client:
+        params = [structured(seed, json=schema) for schema in some for seed in range(5)]
+        answers = [output.outputs[0] for output in client.generate([PROMPT * 4] * len(params), params)]
+        finished = [(a.text, p) for a, p in zip(answers, params, strict=True) if a.finish_reason == "stop"]
+        assert len(finished) > 15
+        assert all(is_valid(text, each.structured_outputs.json) for text, each in finished)
+        assert client.stats().num_preemptions > 0
+        wait_until(lambda: is_idle(client.stats()), "the engine is idle, and no block is lost")
 
 
 def test_text_follows_a_regex_a_choice_or_a_grammar(client: Client) -> None:
