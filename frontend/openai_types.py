@@ -224,11 +224,11 @@ CHAT_REQUEST = RequestType(ChatFields, _NO_EFFECT, _ONLY | _ONLY_CHAT)
 COMPLETION_REQUEST = RequestType(CompletionFields, _NO_EFFECT, _ONLY | _ONLY_COMPLETION)
 
 
-# Fields that become a sampling parameter of the same name as they are.
+# Fields that become a sampling parameter of the same name as they are. What the answer must be is read elsewhere.
 _SAMPLING_FIELDS = tuple(
     name
     for name in SamplingParams.__struct_fields__
-    if name in RequestFields.__struct_fields__ and name != "max_tokens"
+    if name in RequestFields.__struct_fields__ and name not in ("max_tokens", "structured_outputs")
 )
 
 
