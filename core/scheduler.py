@@ -11,24 +11,25 @@ import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from core.block_pool import BlockPool
+from core.endings import ending_of, why_no_token
 from core.grammar import GrammarState
 from core.logit_edits import logit_edits
 from core.prefix_cache import PrefixCache, extend_digests
 from core.request import Phase, Request
 from core.results import StepEffects
 from core.slots import SlotTable
+from core.step_plan import PrefillChunks, StepInFlight
 from core.step_time import PrefillBudget, StepTimeModel, StepWork
 from protocol.histogram import Histogram
 from protocol.messages import (
     AddRequest,
     AdmittedSlot,
     Failed,
-    FinishReason,
     Stats,
     Step,
     StepResult,
@@ -52,31 +53,6 @@ class SchedulerConfig:
     num_blocks: int
     enable_prefix_caching: bool
     eos_token_ids: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class StepInFlight:
-    """Whose tokens a step will bring back: its sampling rows, in order, and the slots' generations when it was sent.
-
-    `measured` are the requests whose prompts it measures, in order, with whether that is the end of the prompt.
-    """
-
-    step_id: int
-    slots: np.ndarray
-    generations: np.ndarray
-    work: StepWork
-    measured: list[tuple[Request, bool]]
-    masked_rows: np.ndarray  # those of requests with a grammar
-    masks_are_sent: bool = False
-    detached: dict[int, Request] = field(default_factory=dict)  # rows of requests preempted since
-
-
-@dataclass(slots=True)
-class PrefillChunks:
-    slots: list[int] = field(default_factory=list)
-    lens: list[int] = field(default_factory=list)
-    samples: list[bool] = field(default_factory=list)
-    measured: list[tuple[Request, bool]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -509,13 +485,10 @@ class Scheduler:
         self._end_if_done(request, token, len(request.token_ids), effects)
 
     def _end_if_done(self, request: Request, token: int, num_tokens: int, effects: StepEffects) -> None:
-        reason: FinishReason | None = None
-        stop_reason: int | None = None
-        is_complete = False
         if token < 0:
             for digest in request.digests:
                 self.cache.forget_digest(digest)
-            self._fail(request, _why_no_token(request), effects)
+            self._fail(request, why_no_token(request), effects)
             return
         if request.grammar is not None:
             try:
@@ -523,19 +496,9 @@ class Scheduler:
             except ValueError as error:
                 self._fail(request, f"structured_outputs cannot be followed any further: {error}", effects)
                 return
-        may_stop = num_tokens - request.num_prompt_tokens >= request.params.min_tokens
-        if may_stop and token in request.params.stop_token_ids:
-            reason, stop_reason = "stop", token
-        elif token in self.config.eos_token_ids and (
-            request.grammar is not None or (may_stop and not request.params.ignore_eos)
-        ):
-            reason = "stop"
-        elif request.grammar is not None and request.grammar.is_complete:
-            reason, is_complete = "stop", True
-        elif num_tokens >= request.total_limit:
-            reason = "length"
-        if reason is not None:
-            effects.finish(request, reason, stop_reason, is_complete)
+        ending = ending_of(request, token, num_tokens, self.config.eos_token_ids)
+        if ending is not None:
+            effects.finish(request, ending.reason, ending.stop_reason, ending.is_complete)
             self._finish(request)
             self._counts["finished"] += 1
 
@@ -589,19 +552,3 @@ class Scheduler:
         else:
             self._num_waiting_tokens -= len(request.token_ids)
         request.phase = Phase.FINISHED
-
-
-def _why_no_token(request: Request) -> str:
-    params = request.params
-    limits = {
-        "structured_outputs": request.grammar is not None,
-        "bad_words": bool(request.bad_words),
-        "allowed_token_ids": params.allowed_token_ids is not None,
-        "min_tokens": params.min_tokens > 0,
-    }
-    if not any(limits.values()):
-        return "the model's output is not a number (NaN): the weights may be damaged"
-    return (
-        f"no token can be drawn: either {' and '.join(name for name, given in limits.items() if given)} leave none, "
-        "or the model's output is not a number (NaN)"
-    )
