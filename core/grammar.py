@@ -8,11 +8,12 @@ from __future__ import annotations
 import queue
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
 from llguidance import LLMatcher, LLTokenizer
+
+from protocol.threads import deep_thread_pool
 
 # Two, so that a grammar that is slow to compile does not hold up all others.
 _NUM_THREADS = 2
@@ -35,7 +36,8 @@ class GrammarState:
         Raises:
             ValueError: the grammar does not take it, or has become too complex to go on with.
         """
-        if not self.matcher.consume_token(token):
+        # One that failed while its mask was made would take the end of the answer, which is all that the mask allows.
+        if self.matcher.is_error() or not self.matcher.consume_token(token):
             raise ValueError(self.matcher.get_error() or f"the grammar does not take token {token}")
 
     @property
@@ -59,7 +61,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._eos_token_ids = [token for token in eos_token_ids if token < vocab_size]
         self._on_ready = on_ready
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammar")
+        self._threads = deep_thread_pool(_NUM_THREADS, "grammar")
         self._done: queue.SimpleQueue[tuple[RequestKey, GrammarState | str]] = queue.SimpleQueue()
         self._vocabulary: LLTokenizer | None = None
         self._loading = Lock()

@@ -27,7 +27,7 @@ class MaskMaker:
     def masks(self, step_id: int, rows: Sequence[tuple[int, Request, int]]) -> StepMasks:
         """The message with the masks of these rows: (slot, request, its number of known tokens).
 
-        A grammar that fails allows nothing but the end of the answer, and does not take the token that is then drawn.
+        A grammar that fails allows nothing but the end of the answer; `GrammarState.advance` then says why.
         """
         masks = np.zeros((len(rows), -(-self._vocab_size // 32)), np.int32)
         matchers = []

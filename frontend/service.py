@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +25,7 @@ from frontend.tokenizer_file import tokenizer_file
 from protocol.config import EngineConfig
 from protocol.errors import EngineUnavailableError
 from protocol.messages import EngineInfo, Failed, Stats, StepOutputs
+from protocol.threads import deep_thread_pool
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Service:
         self.metrics = RequestMetrics(config.max_model_len)
         self.core = CoreLink(context, config.core_address, self)
         # Two threads, so that one very long text does not hold up all others.
-        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
+        self._executor = deep_thread_pool(2, "tokenizer")
 
     async def start(self) -> None:
         """Waits for the core, loading the tokenizer meanwhile.

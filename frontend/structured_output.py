@@ -21,7 +21,7 @@ from frontend.tokenizer import Tokenizer
 from frontend.tool_choice import Tools, arguments_schema, call_rules, spacing, thoughts_rules
 from protocol.errors import InvalidRequestError
 from protocol.messages import ChatPrompt, Prompt
-from protocol.structured_outputs import StructuredOutputsParams
+from protocol.structured_outputs import MAX_GRAMMAR_CHARS, StructuredOutputsParams
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _FORMAT_FIELDS = ("name", "description", "schema", "strict")
@@ -85,7 +85,13 @@ class AnswerGrammars:
         if wanted is not None and not tools.must_call:
             parts.append((param, _body(wanted)))
         for part, one in parts:
-            problem = _problem(json.dumps({"grammars": [one]}))
+            try:
+                text = json.dumps({"grammars": [one]})
+            except RecursionError:
+                raise InvalidRequestError(f"{part} is nested too deeply", part) from None
+            if len(text) > 2 * MAX_GRAMMAR_CHARS:  # a schema as an object, or many choices
+                raise InvalidRequestError(f"{part} is too large: {len(text)} characters of JSON", part)
+            problem = _problem(text)
             if problem:
                 raise InvalidRequestError(f"{part} cannot be followed: {problem}", part)
         grammar = answer_grammar(wanted, thinking, tools, self._tokens)

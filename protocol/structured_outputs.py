@@ -11,7 +11,8 @@ import msgspec
 from protocol.errors import InvalidRequestError
 
 MAX_CHOICES = 1024
-MAX_GRAMMAR_CHARS = 256 * 1024
+MAX_GRAMMAR_CHARS = 128 * 1024
+MAX_REGEX_CHARS = 8 * 1024  # compiling one takes more than in proportion to its length
 
 
 class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, array_like=True):
@@ -71,8 +72,9 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, array_l
             return
         if not isinstance(value, str):
             raise _wrong(name, value, "a string")
-        if not 1 <= len(value) <= MAX_GRAMMAR_CHARS:
-            raise _wrong(name, f"{len(value)} characters", f"1 to {MAX_GRAMMAR_CHARS} characters")
+        most = MAX_REGEX_CHARS if name in ("regex", "whitespace_pattern") else MAX_GRAMMAR_CHARS
+        if not 1 <= len(value) <= most:
+            raise _wrong(name, f"{len(value)} characters", f"1 to {most} characters")
 
     def schema(self) -> Any:
         """The JSON schema as an object, or as true or false, if the answer is JSON.
