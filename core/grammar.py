@@ -38,7 +38,9 @@ class GrammarState:
         """
         # One that failed while its mask was made would take the end of the answer, which is all that the mask allows.
         if self.matcher.is_error() or not self.matcher.consume_token(token):
-            raise ValueError(self.matcher.get_error() or f"the grammar does not take token {token}")
+            # What follows the first line is the library's state.
+            reason = self.matcher.get_error().partition("\n")[0]
+            raise ValueError(reason or f"the grammar does not take token {token}")
 
     @property
     def is_complete(self) -> bool:

@@ -7,7 +7,6 @@ It may be asked for step N+1 before step N's tokens are applied: lengths are kno
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections import deque
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ from core.results import StepEffects
 from core.slots import SlotTable
 from core.step_plan import PrefillChunks, StepInFlight
 from core.step_time import PrefillBudget, StepTimeModel, StepWork
+from core.waiting_queue import WaitingQueue
 from protocol.histogram import Histogram
 from protocol.messages import (
     AddRequest,
@@ -69,8 +69,7 @@ class Scheduler:
         self.cache = PrefixCache()
         self.pool = BlockPool(config.num_blocks, on_reuse=self.cache.forget)
         self._requests: dict[tuple[int, int], Request] = {}
-        self._waiting: list[tuple[int, int, Request]] = []  # heap; may hold finished requests, skipped when met
-        self._num_waiting_tokens = 0  # known tokens of those that are not finished
+        self._waiting = WaitingQueue()
         self._running: list[Request] = []  # in a slot, in order
         self._prefilling: list[Request] = []  # those of them with known tokens still to compute, in order
         self._decode_slots: np.ndarray | None = None  # None when the set of decoding requests changed
@@ -110,9 +109,9 @@ class Scheduler:
         self._counts["prompt_tokens"] += request.num_prompt_tokens
         self._requests[request.key] = request
         if request.awaits_grammar:
-            self._num_waiting_tokens += request.num_prompt_tokens
+            self._waiting.hold(request)
         else:
-            self._wait(request)
+            self._waiting.push(request)
 
     def start_grammar(self, key: tuple[int, int], grammar: GrammarState | str) -> Failed | None:
         """Queues a request that has waited for its grammar, or ends it if that cannot be compiled.
@@ -132,8 +131,7 @@ class Scheduler:
                 "structured_outputs",
             )
         request.awaits_grammar, request.grammar = False, grammar
-        self._num_waiting_tokens -= request.num_prompt_tokens
-        self._wait(request)
+        self._waiting.release(request)
         return None
 
     def abort(self, frontend_index: int, request_ids: Iterable[int]) -> None:
@@ -290,7 +288,7 @@ class Scheduler:
     def num_queued_tokens(self) -> int:
         """Known tokens that are still to be computed, by requests that wait or prefill; some may turn out cached."""
         slots = [request.slot for request in self._prefilling]
-        return self._num_waiting_tokens + int((self.table.num_known[slots] - self.table.num_computed[slots]).sum())
+        return self._waiting.num_tokens + int((self.table.num_known[slots] - self.table.num_computed[slots]).sum())
 
     def _take_prefills(self, budget: PrefillBudget, chunks: PrefillChunks) -> list[AdmittedSlot]:
         """Requests whose prompt was cut off by an earlier step's budget, and new ones, in the one order of them all."""
@@ -316,11 +314,7 @@ class Scheduler:
         """Takes waiting requests in order, of those that go before `before`, while there are slots, blocks, budget."""
         # Each decoding request may need a block soon; taking the last ones now would mean preempting at once.
         reserve = len(self._decoding_slots())
-        while not budget.is_spent and self._waiting and self.table.num_free:
-            request = self._waiting[0][2]
-            if request.phase is Phase.FINISHED:
-                heapq.heappop(self._waiting)
-                continue
+        while not budget.is_spent and self.table.num_free and (request := self._waiting.head) is not None:
             if before is not None and request.order > before.order:
                 break
             if request.num_in_flight:
@@ -336,8 +330,7 @@ class Scheduler:
             length = budget.take(start, len(request.token_ids) - start)
             if not length:
                 break
-            heapq.heappop(self._waiting)
-            self._num_waiting_tokens -= len(request.token_ids)
+            self._waiting.pop()
             self.pool.share(cached)
             request.block_ids = cached + self.pool.allocate(num_blocks - len(cached))
             admitted.append(self._start(request, len(cached)))
@@ -410,12 +403,8 @@ class Scheduler:
                 step.detached[row] = request
                 request.num_in_flight += 1
         self._leave_slot(request, Phase.WAITING)
-        self._wait(request)
+        self._waiting.push(request)
         self._counts["num_preemptions"] += 1
-
-    def _wait(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (*request.order, request))
-        self._num_waiting_tokens += len(request.token_ids)
 
     # --- a step's tokens back -------------------------------------------------------------------------------------
 
@@ -479,7 +468,7 @@ class Scheduler:
             return
         if token >= 0:
             request.append(token)
-            self._num_waiting_tokens += 1
+            self._waiting.count_token()
             self._counts["generation_tokens"] += 1
             effects.add_row(request.frontend_index, request.request_id, token, row)
         self._end_if_done(request, token, len(request.token_ids), effects)
@@ -550,5 +539,5 @@ class Scheduler:
         if request.slot >= 0:
             self._leave_slot(request, Phase.FINISHED)
         else:
-            self._num_waiting_tokens -= len(request.token_ids)
+            self._waiting.forget(request)
         request.phase = Phase.FINISHED
