@@ -13,14 +13,19 @@ from protocol.messages import Failed, Finished
 
 
 class Choice:
-    """One request's part of the response: what is new since the last take, and how it ended if it did."""
+    """One request's part of the response: what is new since the last take, and how it ended if it did.
 
-    __slots__ = ("finished", "index", "is_new", "text_parts", "token_ids")
+    `finished` is set by the take that has the last of it: a writer that pauses between a take and what it writes of it
+    must not see an end whose text it does not have.
+    """
+
+    __slots__ = ("ending", "finished", "index", "is_new", "text_parts", "token_ids")
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.token_ids: list[int] = []
         self.text_parts: list[str] = []
+        self.ending: Finished | None = None
         self.finished: Finished | None = None
         self.is_new = False
 
@@ -53,7 +58,7 @@ class Collector:
         if not request.stream:
             choice.token_ids = request.token_ids
         choice.text_parts.append(text)
-        choice.finished = finished
+        choice.ending = finished
         self._mark(choice)
 
     def fail(self, request: RunningRequest, failed: Failed) -> None:
@@ -88,7 +93,8 @@ class Collector:
         for choice in self._new:
             taken.append((choice, "".join(choice.text_parts), choice.token_ids))
             choice.text_parts, choice.token_ids, choice.is_new = [], [], False
-            if choice.finished is not None:
+            if choice.ending is not None:
+                choice.finished = choice.ending
                 self.num_unfinished -= 1
         self._new = []
         return taken
