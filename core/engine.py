@@ -3,13 +3,13 @@
     python -m core.engine CONFIG_FILE
 
 It keeps the worker supplied with up to two steps, so that the GPU has the next step before the last one's tokens are
-back, and blocks when there is nothing to do.
+back, and blocks when there is nothing to do. When the launcher says that the worker is gone, everything waits again
+until the next one is there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import time
@@ -18,78 +18,66 @@ from pathlib import Path
 
 import zmq
 
+from core.crash_search import CrashSearch
 from core.frontends import Frontends
 from core.grammar import Grammars
 from core.masks import MaskMaker
 from core.scheduler import Scheduler, SchedulerConfig
 from core.step_time import RelativeCosts, StepClock, StepTimeModel
+from core.worker_link import WorkerLink
 from protocol.config import EngineConfig
 from protocol.errors import EngineError
-from protocol.messages import (
-    PROTOCOL_VERSION,
-    EngineInfo,
-    Malformed,
-    Shutdown,
-    Step,
-    StepMasks,
-    StepResult,
-    WorkerFailed,
-    WorkerReady,
-    WorkerToCore,
-)
+from protocol.messages import EngineInfo, Ping, ProcessLost, StepResult, WorkerReady
 from protocol.process import ChildProcess, run_child
-from protocol.transport import UNLIMITED, Channel, open_socket
-
-logger = logging.getLogger(__name__)
+from protocol.transport import UNLIMITED, open_socket
 
 # Steps sent and not yet answered. Two hide the host's work behind the GPU's; more would only delay new requests.
 PIPELINE_DEPTH = 2
 
 
 class EngineCore:
-    """Owns the two sockets and drives the scheduler."""
+    """Owns the sockets and drives the scheduler."""
 
     def __init__(self, child: ChildProcess) -> None:
         config = child.config
+        self._child = child
+        self._config = config
         self._stop_reader, stop_writer = os.pipe()
         signal.signal(signal.SIGTERM, lambda *_: os.write(stop_writer, b"x"))
         self._depth = PIPELINE_DEPTH if config.options.async_scheduling else 1
-        worker = open_socket(child.context, zmq.PAIR, bind=config.worker_address, max_message_bytes=UNLIMITED)
-        self._worker = Channel(worker, WorkerToCore)
         self._frontend_socket = open_socket(
-            child.context, zmq.ROUTER, bind=config.core_address, max_message_bytes=UNLIMITED
+            child.context, zmq.ROUTER, bind=config.core_address(config.epoch), max_message_bytes=UNLIMITED
         )
         self._grammar_reader, grammar_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._grammars = grammars_of(config, on_ready=lambda: wake(grammar_writer))
         self._masks = MaskMaker(config.model_config.vocab_size, config.model_config.eos_token_ids)
         self._poller = zmq.Poller()
-        self._poller.register(self._stop_reader, zmq.POLLIN)
-        self._poller.register(self._grammar_reader, zmq.POLLIN)
-        self._poller.register(self._worker.socket, zmq.POLLIN)
-        self._config = config
+        self._worker = WorkerLink(child.context, config, self._poller)
+        for source in (self._stop_reader, self._grammar_reader, child.control.socket):
+            self._poller.register(source, zmq.POLLIN)
         self._clock = StepClock()
 
-    def run(self, child: ChildProcess) -> None:
+    def run(self) -> None:
         """Waits for the worker, then serves until SIGTERM.
 
         Raises:
-            EngineError: the worker could not start or cannot go on.
+            EngineError: the worker is none that this core can drive.
         """
         ready = self._wait_for_worker()
         if ready is not None:
             self._scheduler = Scheduler(
                 scheduler_config(self._config, ready), ready.epoch, step_time_model(self._config)
             )
+            self._search = CrashSearch(self._scheduler)
             self._frontends = Frontends(
                 self._frontend_socket, self._scheduler, self._grammars, engine_info(self._config, ready)
             )
             self._poller.register(self._frontend_socket, zmq.POLLIN)
-            child.ready(num_blocks=ready.num_blocks - 1, max_model_len=ready.max_model_len)
-            while not self._stopping(events := self._poller.poll()):
-                self._turn(any(source == self._grammar_reader for source, _ in events))
+            self._child.ready(num_blocks=ready.num_blocks - 1, max_model_len=ready.max_model_len)
+            while not self._stopping(events := self._poller.poll(self._worker.patience_ms)):
+                self._turn({source for source, _ in events})
         self._grammars.close()
-        self._worker.send(Shutdown())
-        self._worker.close()
+        self._worker.shut_down()
         self._frontend_socket.close()
 
     def _stopping(self, events: list) -> bool:
@@ -98,61 +86,95 @@ class EngineCore:
     def _wait_for_worker(self) -> WorkerReady | None:
         """The worker's first message, or None if the engine is stopped before it comes."""
         while not self._stopping(self._poller.poll()):
-            received = self._worker.receive()
-            if received is None:
-                continue
-            message = received[1]
-            self._raise_if_failed(message)
+            while (lost := self._next_loss()) is not None:
+                self._worker.reopen(lost.epoch)
+            message = self._worker.receive()
             if isinstance(message, WorkerReady):
-                if message.protocol_version != PROTOCOL_VERSION:
-                    raise EngineError(
-                        f"worker speaks protocol version {message.protocol_version}, this core {PROTOCOL_VERSION}"
-                    )
                 return message
         return None
 
-    def _turn(self, grammars_are_ready: bool) -> None:
+    def _turn(self, sources: set) -> None:
         """Takes what has arrived, then sends what can be sent: steps first, since the GPU waits for them."""
+        if self._child.control.socket in sources:
+            while (lost := self._next_loss()) is not None:
+                self._lose_worker(lost)
         self._frontends.receive_all()
-        if grammars_are_ready:
+        if self._grammar_reader in sources:
             os.read(self._grammar_reader, 4096)
             self._frontends.start_grammars()
         effects = []
-        while (received := self._worker.receive()) is not None:
-            message = received[1]
-            self._raise_if_failed(message)
-            if isinstance(message, StepResult) and message.epoch == self._scheduler.epoch:
+        while (message := self._worker.receive()) is not None:
+            if isinstance(message, StepResult):
                 effects.append(self._scheduler.apply(message, self._clock.answered(time.perf_counter())))
                 self._send_steps()
+            else:
+                self._greet_worker(message)
+        if self._search.is_running:
+            self._advance_search()
         self._send_steps()
         for effect in effects:
             self._frontends.send_effects(effect)
+        if self._worker.has_become_stuck():
+            self._child.found_stuck(
+                "worker", self._worker.epoch, f"the worker has not answered for {self._config.step_timeout:g} s"
+            )
 
     def _send_steps(self) -> None:
+        if not self._worker.is_ready:
+            return
         # A step that waits for masks goes before the next one: the worker holds one at most.
         self._send_masks()
         while self._scheduler.num_in_flight < self._depth:
             step = self._scheduler.schedule(time.perf_counter())
             if step is None:
                 return
-            self._send(step)
+            self._worker.send(step)
             self._clock.sent(time.perf_counter())
             self._send_masks()
 
     def _send_masks(self) -> None:
         masked = self._scheduler.take_masked_rows()
         if masked is not None:
-            self._send(self._masks.masks(*masked))
+            self._worker.send(self._masks.masks(*masked))
 
-    def _send(self, message: Step | StepMasks) -> None:
-        if not self._worker.send(message):
-            raise EngineError("the worker no longer takes steps")
+    # --- when the worker is lost --------------------------------------------------------------------------------------
 
-    def _raise_if_failed(self, message: object) -> None:
-        if isinstance(message, WorkerFailed):
-            raise EngineError(message.message)
-        if isinstance(message, Malformed):
-            raise EngineError(f"the worker sent a malformed message: {message.reason}")
+    def _next_loss(self) -> ProcessLost | None:
+        """The next loss of a worker that the launcher tells of; answers pings meanwhile."""
+        while (received := self._child.control.receive()) is not None:
+            if isinstance(received[1], ProcessLost):
+                return received[1]
+            if isinstance(received[1], Ping):
+                self._child.pong()
+        return None
+
+    def _lose_worker(self, lost: ProcessLost) -> None:
+        """Puts what the worker had back into the queue, and waits for the next worker."""
+        self._worker.reopen(lost.epoch)
+        self._clock = StepClock()
+        computed = self._scheduler.restart(lost.epoch)
+        if lost.is_from_outside:
+            self._search.interrupted()
+            return
+        culprit = self._search.crashed(computed)
+        if culprit is not None:
+            self._frontends.fail(culprit, f"the worker crashed while it computed this request alone: {lost.reason}")
+        self._advance_search()
+        self._child.searches_crash(self._search.is_running)
+
+    def _greet_worker(self, ready: WorkerReady) -> None:
+        """Goes on with another worker."""
+        if ready.num_blocks != self._scheduler.config.num_blocks:
+            raise EngineError(
+                f"the new worker has {ready.num_blocks} blocks, the one before had {self._scheduler.config.num_blocks}"
+            )
+        self._frontends.announce_worker()
+        self._child.ready(num_blocks=ready.num_blocks - 1, max_model_len=ready.max_model_len)
+
+    def _advance_search(self) -> None:
+        self._search.advance()
+        if not self._search.is_running:
+            self._child.searches_crash(False)
 
 
 def scheduler_config(config: EngineConfig, ready: WorkerReady) -> SchedulerConfig:
@@ -199,7 +221,7 @@ def engine_info(config: EngineConfig, ready: WorkerReady) -> EngineInfo:
 
 
 def main(child: ChildProcess) -> None:
-    EngineCore(child).run(child)
+    EngineCore(child).run()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import msgspec
 import zmq
 
 from core.grammar import Grammars
+from core.request import Request
 from core.results import StepEffects
 from core.scheduler import Scheduler
 from protocol.messages import (
@@ -70,6 +71,15 @@ class Frontends:
             self._index_of[identity] = len(self._identities)
             self._identities.append(identity)
         self._send(identity, CoreReady(PROTOCOL_VERSION, self._scheduler.epoch, self._engine))
+
+    def announce_worker(self) -> None:
+        """Tells all that there is a worker again."""
+        for identity in self._identities:
+            self._send(identity, CoreReady(PROTOCOL_VERSION, self._scheduler.epoch, self._engine))
+
+    def fail(self, request: Request, message: str) -> None:
+        """Ends a request that cannot be computed."""
+        self._send(self._identities[request.frontend_index], self._scheduler.fail(request, message))
 
     def _add(self, identity: bytes, message: AddRequest) -> None:
         index = self._index_of[identity]

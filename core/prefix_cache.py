@@ -61,6 +61,11 @@ class PrefixCache:
         if digest is not None:
             del self._block_of[digest]
 
+    def clear(self) -> None:
+        """No block holds what it did."""
+        self._block_of.clear()
+        self._digest_of.clear()
+
     def forget_digest(self, digest: bytes) -> None:
         """The content that the digest stands for is not to be trusted."""
         block = self._block_of.get(digest)

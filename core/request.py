@@ -62,8 +62,9 @@ class Request:
         self.root = root_digest(message.cache_salt)
         # Drawn here, not at sampling time, so that recomputation after a preemption draws the same tokens.
         self.seed = random.getrandbits(63) if message.params.seed is None else message.params.seed
-        self.token_ids = unpack_ints(message.prompt_token_ids)  # known tokens, as of when it last left a slot
-        self.num_prompt_tokens = len(self.token_ids)
+        prompt, generated = unpack_ints(message.prompt_token_ids), unpack_ints(message.generated_token_ids)
+        self.token_ids = np.concatenate([prompt, generated])  # known tokens, as of when it last left a slot
+        self.num_prompt_tokens = len(prompt)
         room = max_model_len - self.num_prompt_tokens
         # Prompt and answer together; the last token is returned but never computed.
         self.total_limit = self.num_prompt_tokens + min(room, message.params.max_tokens or room)

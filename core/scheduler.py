@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +102,11 @@ class Scheduler:
             raise ValueError(
                 f"prompt must have 1 to {self.config.max_model_len - 1} tokens, got {request.num_prompt_tokens}"
             )
+        if len(request.token_ids) >= request.total_limit:
+            raise ValueError(
+                f"{len(request.token_ids)} tokens of prompt and answer leave nothing of the {request.total_limit} "
+                "that there may be"
+            )
         if request.key in self._requests:
             raise ValueError(f"request id {request.request_id} is already in use")
         request.queued_at = now
@@ -130,9 +135,22 @@ class Scheduler:
                 f"structured_outputs cannot be followed: {grammar}",
                 "structured_outputs",
             )
+        try:
+            for token in request.token_ids[request.num_prompt_tokens :].tolist():
+                grammar.advance(token)
+        except ValueError as error:
+            self._finish(request)
+            self._counts["finished"] += 1
+            return Failed(request.request_id, "failed", f"structured_outputs cannot be followed any further: {error}")
         request.awaits_grammar, request.grammar = False, grammar
         self._waiting.release(request)
         return None
+
+    def fail(self, request: Request, message: str) -> Failed:
+        """Ends a request that cannot be computed."""
+        self._finish(request)
+        self._counts["finished"] += 1
+        return Failed(request.request_id, "failed", message)
 
     def abort(self, frontend_index: int, request_ids: Iterable[int]) -> None:
         """Ends requests that nobody waits for any more. Ids that are unknown or finished are ignored."""
@@ -144,6 +162,40 @@ class Scheduler:
 
     def abort_frontend(self, frontend_index: int) -> None:
         self.abort(frontend_index, [request_id for index, request_id in self._requests if index == frontend_index])
+
+    # --- when the worker is lost -----------------------------------------------------------------------------------
+
+    def restart(self, epoch: int) -> list[Request]:
+        """The worker is gone, and the next one will know nothing: what it computed waits again, in its order.
+
+        Tokens of steps in flight are lost and will be drawn again. Returns the requests that may have been in them.
+        """
+        computed = list(self._running)
+        for step in self._in_flight:
+            for request in step.detached.values():
+                request.num_in_flight = 0
+                if request.phase is Phase.WAITING and request not in computed:
+                    computed.append(request)
+        self._in_flight.clear()
+        for request in list(self._running):
+            self._leave_slot(request, Phase.WAITING)
+            self._waiting.push(request)
+        self.cache.clear()
+        self._released_slots = []
+        self._decode_slots = self._sent_decode_slots = None
+        self.epoch = epoch
+        return computed
+
+    def admit_only(self, requests: Collection[Request] | None) -> None:
+        """Takes all but these requests out of their slots, and lets no others in. None ends that."""
+        self._waiting.restrict(requests)
+        if requests is not None:
+            for request in [running for running in self._running if running not in requests]:
+                self._preempt(request)
+
+    def num_known(self, request: Request) -> int:
+        """Tokens of a request whose ids are known, its prompt's included."""
+        return int(self.table.num_known[request.slot]) if request.slot >= 0 else len(request.token_ids)
 
     def stats(self, query_id: int = 0) -> Stats:
         return Stats(
@@ -352,10 +404,11 @@ class Scheduler:
         num_cached_tokens = num_cached_blocks * self.config.block_size
         if not request.was_admitted:
             request.was_admitted = True
-            request.num_cached_tokens = num_cached_tokens
+            # A request that another core had begun may find some of its answer, too.
+            request.num_cached_tokens = min(num_cached_tokens, request.num_prompt_tokens)
             if self.config.enable_prefix_caching and request.prompt_is_measured:
                 self.cache.num_queries += request.num_prompt_tokens
-                self.cache.num_hits += num_cached_tokens
+                self.cache.num_hits += request.num_cached_tokens
         slot = self.table.assign(request, num_cached_tokens, num_cached_blocks)
         insort(self._running, request, key=lambda r: r.order)
         self._set_phase(request, Phase.PREFILLING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 
 from core.request import Phase, Request
 
@@ -18,6 +19,9 @@ class WaitingQueue:
         self.num_tokens = 0
         # May hold requests that have finished: they are dropped when they come to the head.
         self._heap: list[tuple[int, int, Request]] = []
+        # While only some may be admitted, the others are kept apart.
+        self._only: Collection[Request] | None = None
+        self._kept_apart: list[Request] = []
 
     def hold(self, request: Request) -> None:
         """Counts a request that cannot be queued yet."""
@@ -25,7 +29,18 @@ class WaitingQueue:
 
     def release(self, request: Request) -> None:
         """Queues a request that was held."""
-        heapq.heappush(self._heap, (*request.order, request))
+        if self._only is None or request in self._only:
+            heapq.heappush(self._heap, (*request.order, request))
+        else:
+            self._kept_apart.append(request)
+
+    def restrict(self, only: Collection[Request] | None) -> None:
+        """Lets no request come to the head but these, until told otherwise; None lets all."""
+        queued = [request for *_, request in self._heap] + self._kept_apart
+        self._only, self._heap, self._kept_apart = only, [], []
+        for request in queued:
+            if request.phase is Phase.WAITING:
+                self.release(request)
 
     def push(self, request: Request) -> None:
         self.hold(request)

@@ -1,4 +1,4 @@
-"""The connection to the engine core: handshake, sending, receiving, and noticing that the core is gone.
+"""The connection to the engine core: handshake, sending, receiving, noticing that it is gone, and meeting the next one.
 
 Tells its owner what arrives; keeps no request.
 """
@@ -44,27 +44,41 @@ class CoreListener(Protocol):
 
     def on_core_lost(self) -> None: ...
 
+    def on_core_ready(self, epoch: int, is_new: bool) -> None:
+        """A core that was lost has a successor, which knows no requests, or there is a worker again."""
+        ...
+
 
 class CoreLink:
     """Attributes:
     ready: resolves to what the core says of the engine, or to the error that kept it from saying so.
-    is_lost: the core was there and is gone.
+    is_lost: the core was there and is gone, or another one has not said yet that it is ready.
     """
 
     def __init__(self, context: zmq.Context, address: str, listener: CoreListener) -> None:
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[EngineInfo] = loop.create_future()
-        self.is_lost = False
+        self._context = context
         self._listener = listener
         self._epoch = 0
         self._query_ids = itertools.count(1)
         self._queries: dict[int, Callable[[Stats | None], None]] = {}
-        socket = open_socket(context, zmq.DEALER, max_message_bytes=UNLIMITED)
+        self.is_lost = False
+        self._connect(address)
+
+    def _connect(self, address: str) -> None:
+        socket = open_socket(self._context, zmq.DEALER, max_message_bytes=UNLIMITED)
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._watch = DisconnectWatch(socket, self._lose)
         self._channel = AsyncChannel(socket, CoreToFrontend, self._on_message)
         socket.connect(address)
         self._channel.send(CoreHello(PROTOCOL_VERSION))
+
+    def reconnect(self, address: str) -> None:
+        """Leaves the core, which is gone, for another one."""
+        self._lose()
+        self.close()
+        self._connect(address)
 
     def send(self, message: FrontendToCore) -> bool:
         """Queues a message. Returns False if the core is gone or does not keep up."""
@@ -98,6 +112,8 @@ class CoreLink:
     def _on_ready(self, message: CoreReady) -> None:
         self._epoch = message.epoch
         if self.ready.done():
+            is_new, self.is_lost = self.is_lost, False
+            self._listener.on_core_ready(message.epoch, is_new)
             return
         if message.protocol_version != PROTOCOL_VERSION:
             reason = f"the engine core speaks protocol {message.protocol_version}, the frontend {PROTOCOL_VERSION}"

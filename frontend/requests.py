@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import time
 from collections.abc import Iterable
 from typing import Protocol
@@ -60,6 +61,7 @@ class RunningRequest:
         prompt_logprobs: stretches of the prompt as they come, all of them before the first token.
         text: detokenizer and stop strings, or None if no text is needed before the end.
         text_parts: the text so far of a request that has stop strings and does not stream.
+        message: what the core was sent.
         arrival_time, last_token_time: of `time.perf_counter()`.
     """
 
@@ -68,6 +70,7 @@ class RunningRequest:
         "core_id",
         "last_token_time",
         "logprobs",
+        "message",
         "params",
         "prompt_logprobs",
         "prompt_token_ids",
@@ -82,7 +85,7 @@ class RunningRequest:
 
     def __init__(
         self,
-        core_id: int,
+        message: AddRequest,
         prompt_token_ids: list[int],
         params: SamplingParams,
         sink: Sink,
@@ -91,7 +94,8 @@ class RunningRequest:
         tokenizer: Tokenizer | None,
         arrival_time: float,
     ) -> None:
-        self.core_id = core_id
+        self.message = message
+        self.core_id = message.request_id
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.sink = sink
@@ -191,19 +195,30 @@ class RequestTable:
         check_token_options(params, len(prompt_token_ids), self._vocab_size)
         bad_words = [pack_ints(ids) for ids in bad_word_ids(params.bad_words, self._tokenizer)]
         arrived = time.perf_counter() if arrival_time is None else arrival_time
-        core_id = next(self._core_ids)
-        request = RunningRequest(core_id, prompt_token_ids, params, sink, tag, stream, self._tokenizer, arrived)
-        # Stop strings are found here: the core knows no text.
-        core_params = params
-        if params.stop or bad_words or params.structured_outputs is not None:
-            core_params = msgspec.structs.replace(params, stop=(), bad_words=(), structured_outputs=None)
+        # Stop strings are found here: the core knows no text. The seed is drawn here, so that another core, if this one
+        # dies, goes on as this one would have.
+        seed = random.getrandbits(63) if params.seed is None else params.seed
+        core_params = msgspec.structs.replace(params, seed=seed, stop=(), bad_words=(), structured_outputs=None)
         prompt = pack_ints(prompt_token_ids)
-        message = AddRequest(request.core_id, prompt, core_params, priority, cache_salt, bad_words, grammar)
-        if not self._core.send(message):
+        message = AddRequest(next(self._core_ids), prompt, core_params, priority, cache_salt, bad_words, grammar)
+        request = RunningRequest(message, prompt_token_ids, params, sink, tag, stream, self._tokenizer, arrived)
+        # While the core is being replaced, requests wait here for `replay`.
+        if not self._core.send(message) and not self._core.is_lost:
             raise EngineUnavailableError("the engine core does not take requests at the moment")
         self._running[request.core_id] = request
         self._idle.clear()
         return request
+
+    def replay(self) -> None:
+        """Hands every running request to a core that knows none of them, each with what it has generated so far."""
+        for request in self._running.values():
+            message = request.message
+            if request.token_ids:
+                # What was measured of the prompt has been handed out with the first token.
+                params = msgspec.structs.replace(message.params, prompt_logprobs=None)
+                generated = pack_ints(request.token_ids)
+                message = msgspec.structs.replace(message, params=params, generated_token_ids=generated)
+            self._core.send(message)
 
     def abort(self, requests: Iterable[RunningRequest]) -> None:
         """Forgets requests whose sink has left, and tells the core. Ended ones among them are left alone."""
@@ -225,7 +240,7 @@ class RequestTable:
         self._flush({request.sink for request in requests})
 
     def fail_all(self, message: str) -> None:
-        """Ends every request with an error: the core is gone."""
+        """Ends every request with an error: the engine is gone."""
         requests = list(self._running.values())
         for request in requests:
             # A sink that finds its receiver gone has its other requests aborted meanwhile.

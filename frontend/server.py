@@ -13,7 +13,9 @@ from frontend.http_api import make_app
 from frontend.http_server import HttpServer, bind_http, http_url
 from frontend.ipc import IpcServer
 from frontend.service import Service
+from protocol.messages import FromLauncher
 from protocol.process import ChildProcess, run_child
+from protocol.transport import AsyncChannel
 
 
 async def serve(child: ChildProcess) -> None:
@@ -28,9 +30,10 @@ async def serve(child: ChildProcess) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     listener = bind_http(config.options.host, config.options.port) if config.options.http else None
     details: dict[str, str] = {"ipc": config.address}
-    ipc = http = service = None
+    ipc = http = service = control = None
     try:
         service = Service(child.context, config)
+        control = AsyncChannel(child.control.socket, FromLauncher, service.on_launcher)
         ipc = IpcServer(child.context, config.address, service)
         if listener is not None:
             details["http"] = http_url(listener)
@@ -45,6 +48,8 @@ async def serve(child: ChildProcess) -> None:
             await http.close()
         if ipc is not None:
             ipc.close()
+        if control is not None:
+            control.close()
         if service is not None:
             service.close()
         if listener is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import zmq
@@ -24,7 +24,7 @@ from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_file import tokenizer_file
 from protocol.config import EngineConfig
 from protocol.errors import EngineUnavailableError
-from protocol.messages import EngineInfo, Failed, Stats, StepOutputs
+from protocol.messages import EngineFailed, EngineInfo, Failed, ProcessLost, Stats, StepOutputs
 from protocol.threads import deep_thread_pool
 
 logger = logging.getLogger(__name__)
@@ -32,11 +32,12 @@ logger = logging.getLogger(__name__)
 # Longer than a step takes, between which the core answers, and shorter than a monitor waits.
 _STATS_TIMEOUT_S = 5.0
 
-State = Literal["starting", "ready", "stopping", "failed"]
+State = Literal["starting", "ready", "recovering", "stopping", "failed"]
 _REASONS: dict[State, str] = {
     "starting": "the engine is starting",
+    "recovering": "the engine is recovering",
     "stopping": "the engine is stopping",
-    "failed": "the engine core is gone",
+    "failed": "the engine has failed",
 }
 
 
@@ -44,7 +45,8 @@ class Service:
     """The engine as its users see it.
 
     Attributes:
-        state: "starting" until `start` returns; "failed" when the core went away.
+        state: "starting" until `start` returns; "recovering" while the core or the worker is being replaced: what runs
+            waits, and so do new requests; "failed" when that was given up.
         engine: what clients are told of the engine. Like the attributes below it set by `start`.
     """
 
@@ -61,7 +63,9 @@ class Service:
         self.sampling_defaults = load_sampling_defaults(Path(config.model_path))
         self.state: State = "starting"
         self.metrics = RequestMetrics(config.max_model_len)
-        self.core = CoreLink(context, config.core_address, self)
+        self._why_unavailable: str | None = None
+        self._epoch = config.epoch  # which the last loss began
+        self.core = CoreLink(context, config.core_address(config.epoch), self)
         # Two threads, so that one very long text does not hold up all others.
         self._executor = deep_thread_pool(2, "tokenizer")
 
@@ -74,7 +78,7 @@ class Service:
         """
         engine, self.tokenizer = await asyncio.gather(self.core.ready, self._load_tokenizer())
         if self.core.is_lost:
-            raise EngineUnavailableError(_REASONS["failed"])
+            raise EngineUnavailableError("the engine core went away")
         self.engine = msgspec.structs.replace(
             engine,
             model=self.config.model_name,
@@ -98,19 +102,19 @@ class Service:
 
     @property
     def unavailable_reason(self) -> str | None:
-        """Why no request can be taken now, or None if one can."""
-        return _REASONS.get(self.state)
+        """Why no request can be served now, or None if one can."""
+        return None if self.state == "ready" else self._why_unavailable or _REASONS[self.state]
 
     def require_ready(self) -> None:
-        """Raises EngineUnavailableError, with the reason, if no request can be taken now."""
-        if self.state != "ready":
-            raise EngineUnavailableError(_REASONS[self.state])
+        """Raises EngineUnavailableError, with the reason, if no request can be taken now, not even to wait."""
+        if self.state not in ("ready", "recovering"):
+            raise EngineUnavailableError(str(self.unavailable_reason))
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests, lets the running ones finish for so long, and ends the rest where they are."""
-        if self.state != "ready":
+        if self.state not in ("ready", "recovering"):
             return
-        self.state = "stopping"
+        self.state, self._why_unavailable = "stopping", None
         try:
             await asyncio.wait_for(self.requests.wait_until_idle(), timeout_s)
         except TimeoutError:
@@ -143,9 +147,31 @@ class Service:
             self.requests.on_failed(failed)
 
     def on_core_lost(self) -> None:
-        started, self.state = self.state != "starting", "failed"
-        if started:
-            self.requests.fail_all(_REASONS["failed"])
+        self._recover("the engine core went away")
+
+    def on_core_ready(self, epoch: int, is_new: bool) -> None:
+        if is_new:
+            self.requests.replay()
+        # Something else may have been lost meanwhile.
+        if self.state == "recovering" and epoch >= self._epoch:
+            self.state, self._why_unavailable = "ready", None
+
+    def on_launcher(self, _: bytes, message: Any) -> None:
+        """Takes what the launcher says."""
+        if isinstance(message, ProcessLost):
+            self._epoch = message.epoch
+            self._recover(message.reason)
+            if message.process == "core":
+                self.core.reconnect(self.config.core_address(message.epoch))
+        elif isinstance(message, EngineFailed):
+            is_serving, self.state = self.state in ("ready", "recovering", "stopping"), "failed"
+            self._why_unavailable = message.reason
+            if is_serving:
+                self.requests.fail_all(message.reason)
+
+    def _recover(self, reason: str) -> None:
+        if self.state in ("ready", "recovering"):
+            self.state, self._why_unavailable = "recovering", reason
 
     def close(self) -> None:
         self.core.close()

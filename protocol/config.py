@@ -86,6 +86,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     shutdown_timeout: Annotated[float, Meta(ge=0)] = _option(
         5.0, "seconds that running requests get to finish when the engine is stopped"
     )
+    step_timeout: Annotated[float, Meta(gt=0)] | None = _option(
+        None, "seconds after which a worker or core that does not answer is killed; default: 60, on a CPU 600"
+    )
+    give_up_after: PositiveInt = _option(
+        3, "deaths of the worker or the core, within --give-up-window, at which the engine gives up"
+    )
+    give_up_window: Annotated[float, Meta(gt=0)] = _option(60.0, "seconds in which deaths are counted")
     profile_dir: str | None = _option(
         None, "record a profiler trace of some steps of the GPU worker into this directory"
     )
@@ -120,18 +127,28 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     address: str
     run_directory: str
+    epoch: int = 0  # which start of a process this configuration is for, counted over all of the engine's
 
-    @property
-    def core_address(self) -> str:
-        return f"ipc://{self.run_directory}/core.sock"
+    def core_address(self, epoch: int) -> str:
+        """Where the core of an epoch serves frontends."""
+        return f"ipc://{self.run_directory}/core-{epoch}.sock"
 
-    @property
-    def worker_address(self) -> str:
-        return f"ipc://{self.run_directory}/worker.sock"
+    def worker_address(self, epoch: int) -> str:
+        """Where core and worker meet in an epoch."""
+        return f"ipc://{self.run_directory}/worker-{epoch}.sock"
+
+    def control_address(self, process: str) -> str:
+        """Where a process listens to the launcher."""
+        return f"ipc://{self.run_directory}/to-{process}-{self.epoch}.sock"
 
     @property
     def launcher_address(self) -> str:
         return f"ipc://{self.run_directory}/launcher.sock"
+
+    @property
+    def step_timeout(self) -> float:
+        """Seconds. A step of a large model takes a CPU minutes."""
+        return self.options.step_timeout or (60.0 if self.device == "cuda" else 600.0)
 
     def save(self, path: Path) -> None:
         # It holds the API keys.

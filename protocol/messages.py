@@ -5,8 +5,9 @@ little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a co
 
     Python client ⇄ frontend     Hello Generate Abort Heartbeat GetStats | Welcome Refused Started Outputs Failed Stats
     frontend ⇄ core              CoreHello AddRequest AbortRequests GetStats | CoreReady StepOutputs Failed Stats
-    core ⇄ worker                Step StepMasks Shutdown | WorkerReady StepResult WorkerFailed
-    any process → launcher       Progress ProcessReady ProcessFailed
+    core ⇄ worker                Step StepMasks Shutdown | WorkerReady StepResult
+    launcher ⇄ any process       ProcessLost EngineFailed Ping | Progress ProcessReady ProcessFailed ProcessStuck
+                                 CrashSearch Pong
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from protocol.sampling import SamplingParams
 
 __all__ = ["pack_ints", "unpack_ints"]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 FinishReason = Literal["stop", "length", "abort"]
 Count = Annotated[int, Meta(ge=0)]
@@ -216,6 +217,8 @@ class CoreHello(Message, frozen=True):
 
 
 class CoreReady(Message, frozen=True):
+    """The answer to `CoreHello`, once there is a worker; again after each time that the worker was replaced."""
+
     protocol_version: int
     epoch: int
     engine: EngineInfo
@@ -225,7 +228,8 @@ class AddRequest(Message, frozen=True):
     """A checked and tokenized request. `request_id` is unique within the frontend that sends it.
 
     `bad_words` are the token sequences of the words that must not be generated: the core knows no text. `grammar` is
-    what the answer must be, in llguidance's form.
+    what the answer must be, in llguidance's form. `generated_token_ids` are there already if another core, which is
+    gone, has begun the answer.
     """
 
     request_id: int
@@ -235,9 +239,10 @@ class AddRequest(Message, frozen=True):
     cache_salt: str | None = None
     bad_words: list[Int32Array] = []
     grammar: str | None = None
+    generated_token_ids: Int32Array = b""
 
     def __post_init__(self) -> None:
-        require_whole(self, ("prompt_token_ids",), 4)
+        require_whole(self, ("prompt_token_ids", "generated_token_ids"), 4)
 
 
 class AbortRequests(Message, frozen=True):
@@ -366,6 +371,8 @@ class StepResult(HotMessage, frozen=True):
 
 
 class WorkerReady(Message, frozen=True):
+    """All slots are empty. Sent first on a connection, whose epoch it names."""
+
     protocol_version: int
     epoch: int
     num_blocks: Count
@@ -373,21 +380,14 @@ class WorkerReady(Message, frozen=True):
     max_model_len: Count
 
 
-class WorkerFailed(Message, frozen=True):
-    """The worker cannot go on. It exits after sending this."""
-
-    epoch: int
-    message: str
-
-
 class Shutdown(Message, frozen=True):
     pass
 
 
 CoreToWorker = Step | StepMasks | Shutdown
-WorkerToCore = WorkerReady | StepResult | WorkerFailed
+WorkerToCore = WorkerReady | StepResult
 
-# --- any process → launcher -----------------------------------------------------------------------------------------
+# --- launcher ⇄ any process -----------------------------------------------------------------------------------------
 
 
 class Progress(Message, frozen=True):
@@ -405,11 +405,56 @@ class ProcessReady(Message, frozen=True):
 
 
 class ProcessFailed(Message, frozen=True):
+    """The process cannot go on. It exits after sending this."""
+
     process: str
     message: str
 
 
-ToLauncher = Progress | ProcessReady | ProcessFailed
+class ProcessStuck(Message, frozen=True):
+    """Another process says that this one does not answer in the epoch."""
+
+    process: str
+    epoch: int
+    message: str
+
+
+class CrashSearch(Message, frozen=True):
+    """Whether the core is looking for a request that crashes the worker: such crashes are expected."""
+
+    is_running: bool
+
+
+class Pong(Message, frozen=True):
+    process: str
+
+
+ToLauncher = Progress | ProcessReady | ProcessFailed | ProcessStuck | CrashSearch | Pong
+
+
+class ProcessLost(Message, frozen=True):
+    """The worker or the core is gone, and another one is being started: from now on it is the epoch given.
+
+    `is_from_outside` says that a signal ended it, and not what it was doing.
+    """
+
+    process: str
+    epoch: int
+    reason: str
+    is_from_outside: bool
+
+
+class EngineFailed(Message, frozen=True):
+    """The launcher gives up. Whoever waits is to be told why."""
+
+    reason: str
+
+
+class Ping(Message, frozen=True):
+    """Asks for a `Pong`."""
+
+
+FromLauncher = ProcessLost | EngineFailed | Ping
 
 
 class Malformed(msgspec.Struct, frozen=True):

@@ -1,7 +1,8 @@
 """What every child process of the launcher does the same way: report, stop when told, never outlive its parent.
 
 The launcher passes the configuration file as the only argument and the read end of a pipe as standard input. That pipe
-is the lifeline: it is never written, so reading it ends exactly when the launcher is gone, however it went.
+is the lifeline: it is never written, so reading it ends exactly when the launcher is gone, however it went. Reports go
+to the launcher's socket; what it has to say comes on a socket of the process's own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import zmq
 from protocol.config import EngineConfig
 from protocol.errors import EngineError
 from protocol.logs import configure_logging
-from protocol.messages import ProcessFailed, ProcessReady, Progress
+from protocol.messages import CrashSearch, FromLauncher, Pong, ProcessFailed, ProcessReady, ProcessStuck, Progress
 from protocol.transport import Channel, open_socket
 
 logger = logging.getLogger(__name__)
@@ -29,13 +30,18 @@ LIFELINE_VARIABLE = "MINI_VLLM_LIFELINE_FD"
 
 
 class ChildProcess:
-    """The launcher's side of a child, as the child sees it: its configuration and the ways to report."""
+    """The launcher's side of a child, as the child sees it: its configuration and the ways to report.
+
+    Attributes:
+        control: the socket on which the launcher speaks, for the child to receive from.
+    """
 
     def __init__(self, name: str, config: EngineConfig) -> None:
         self.name = name
         self.config = config
         self.context = zmq.Context()
         self._launcher = Channel(open_socket(self.context, zmq.PUSH, connect=config.launcher_address), None)
+        self.control = Channel(open_socket(self.context, zmq.PULL, bind=config.control_address(name)), FromLauncher)
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """Reports start-up progress. Call from the main thread."""
@@ -47,7 +53,17 @@ class ChildProcess:
     def failed(self, message: str) -> None:
         self._launcher.send(ProcessFailed(self.name, message))
 
+    def found_stuck(self, process: str, epoch: int, message: str) -> None:
+        self._launcher.send(ProcessStuck(process, epoch, message))
+
+    def searches_crash(self, is_running: bool) -> None:
+        self._launcher.send(CrashSearch(is_running))
+
+    def pong(self) -> None:
+        self._launcher.send(Pong(self.name))
+
     def close(self) -> None:
+        self.control.close()
         self._launcher.close()
         self.context.term()
 

@@ -100,6 +100,10 @@ class BatchState:
         if len(entries) or scalars.size:
             self._send(scalars.reshape(-1), entries, np.concatenate(blocks))
 
+    def forget_all(self) -> None:
+        """Empties the slots. What the device has of them is overwritten when they are taken."""
+        self.known_tokens = [np.empty(0, np.int32)] * self.num_slots
+
     def _send(self, scalars: np.ndarray, entries: np.ndarray, blocks: np.ndarray) -> None:
         parts = (scalars, entries, blocks)
         total = sum(map(len, parts))

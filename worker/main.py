@@ -3,7 +3,7 @@
     python -m worker.main CONFIG_FILE
 
 While a step is on the device the loop polls for its tokens and for the next step, so that neither waits for the other;
-with nothing on the device it blocks.
+with nothing on the device it blocks. It outlives a core that dies: the next one finds it with its slots empty.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from pathlib import Path
 
+import msgspec
 import torch
 import zmq
 
@@ -20,10 +21,10 @@ from protocol.messages import (
     PROTOCOL_VERSION,
     CoreToWorker,
     Malformed,
+    ProcessLost,
     Shutdown,
     Step,
     StepMasks,
-    WorkerFailed,
     WorkerReady,
 )
 from protocol.process import ChildProcess, run_child
@@ -36,7 +37,6 @@ from worker.runner import StepRunner
 from worker.step_results import PendingTokens
 from worker.weights import load_weights, randomize_weights
 
-EPOCH = 0
 _TRIALS = 3  # more than one, since the driver takes memory for graphs in pieces of several
 
 
@@ -102,7 +102,7 @@ def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tupl
                 child.progress("CUDA graphs", done, total)
 
         runner.use_graphs(runner.capture_graphs(progress))
-    return runner, WorkerReady(PROTOCOL_VERSION, EPOCH, num_blocks, config.block_size, max_model_len)
+    return runner, WorkerReady(PROTOCOL_VERSION, config.epoch, num_blocks, config.block_size, max_model_len)
 
 
 def _peak_bytes(
@@ -141,14 +141,31 @@ def make_profiler(config: EngineConfig) -> StepProfiler | None:
     return StepProfiler(Path(config.options.profile_dir), *parse_steps(config.options.profile_steps))
 
 
-def serve(channel: Channel, runner: StepRunner, profiler: StepProfiler | None) -> None:
-    """Runs steps until `Shutdown`.
+def serve(child: ChildProcess, runner: StepRunner, profiler: StepProfiler | None, ready: WorkerReady) -> int | None:
+    """Meets the core of the epoch that `ready` names, and runs its steps.
 
     While a step waits for masks, which depend on the tokens before it, those of earlier steps still go back.
+
+    Returns:
+        The epoch of another core, if this one is lost, or None when it has sent `Shutdown`.
     """
+    address = child.config.worker_address(ready.epoch)
+    channel = Channel(open_socket(child.context, zmq.PAIR, connect=address, max_message_bytes=UNLIMITED), CoreToWorker)
+    poller = zmq.Poller()
+    for socket in (channel.socket, child.control.socket):
+        poller.register(socket, zmq.POLLIN)
+    channel.send(ready)
     pending: deque[PendingTokens] = deque()
     while True:
-        received = channel.receive(0 if pending else None)
+        if not pending:
+            poller.poll()
+            # A core that is gone sends nothing, so what is pending has run out.
+            epoch = _epoch_of_next_core(child)
+            if epoch is not None:
+                channel.socket.setsockopt(zmq.LINGER, 0)
+                channel.close()
+                return epoch
+        received = channel.receive()
         if received is not None:
             message = received[1]
             if isinstance(message, Step):
@@ -160,9 +177,8 @@ def serve(channel: Channel, runner: StepRunner, profiler: StepProfiler | None) -
             elif isinstance(message, StepMasks):
                 pending.append(runner.finish(message))
             elif isinstance(message, Shutdown):
-                if profiler is not None:
-                    profiler.close()
-                return
+                channel.close()
+                return None
             elif isinstance(message, Malformed):
                 raise RuntimeError(f"the core sent a malformed message: {message.reason}")
         while pending and pending[0].is_ready():
@@ -170,20 +186,26 @@ def serve(channel: Channel, runner: StepRunner, profiler: StepProfiler | None) -
             channel.send(done.result())
 
 
+def _epoch_of_next_core(child: ChildProcess) -> int | None:
+    """The epoch of the core that replaces this one, if the launcher says that it is lost."""
+    epoch = None
+    while (received := child.control.receive()) is not None:
+        if isinstance(received[1], ProcessLost):
+            epoch = received[1].epoch
+    return epoch
+
+
 def main(child: ChildProcess) -> None:
     config = child.config
-    socket = open_socket(child.context, zmq.PAIR, connect=config.worker_address, max_message_bytes=UNLIMITED)
-    channel = Channel(socket, CoreToWorker)
-    try:
-        runner, ready = make_runner(config, child)
-        channel.send(ready)
-        child.ready(device=device_name(config), kv_cache_tokens=(ready.num_blocks - 1) * ready.block_size)
-        serve(channel, runner, make_profiler(config))
-    except Exception as error:
-        channel.send(WorkerFailed(EPOCH, str(error)))
-        raise
-    finally:
-        channel.close()
+    runner, ready = make_runner(config, child)
+    child.ready(device=device_name(config), kv_cache_tokens=(ready.num_blocks - 1) * ready.block_size)
+    profiler = make_profiler(config)
+    epoch: int | None = config.epoch
+    while epoch is not None:
+        epoch = serve(child, runner, profiler, msgspec.structs.replace(ready, epoch=epoch))
+        runner.reset()
+    if profiler is not None:
+        profiler.close()
 
 
 def device_name(config: EngineConfig) -> str:

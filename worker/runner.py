@@ -102,6 +102,15 @@ class StepRunner:
         self._launch_head(head)
         return self._send_back(head)
 
+    def reset(self) -> None:
+        """Forgets all requests. Waits for what has been launched."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        self._held = None
+        self._decode_slots = np.empty(0, np.int32)
+        self._sent_decode_rows = None
+        self.state.forget_all()
+
     def _execute_decode(self, step: Step, changed: bool) -> PendingTokens | None:
         """A step of decode rows alone. One equal to the last step copies nothing to the device."""
         slots = self._decode_slots

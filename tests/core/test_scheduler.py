@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -101,6 +102,7 @@ class Engine:
         self.prompts: dict[int, list[int]] = {}
         self.measured: dict[int, dict[int, TokenLogprob]] = {}  # tokens of prompts, by position
         self.wants_logprobs: set[int] = set()
+        self.messages: dict[int, AddRequest] = {}
 
     def add(self, request_id: int, prompt: list[int], **params: Any) -> None:
         options = {"temperature": 0.0, "seed": request_id, **params}
@@ -112,7 +114,8 @@ class Engine:
             self.measured[request_id] = {}
         if options.get("logprobs") is not None:
             self.wants_logprobs.add(request_id)
-        self.scheduler.add(0, AddRequest(request_id, pack_ints(prompt), SamplingParams(**options), priority, salt))
+        self.messages[request_id] = AddRequest(request_id, pack_ints(prompt), SamplingParams(**options), priority, salt)
+        self.scheduler.add(0, self.messages[request_id])
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(0, [request_id])
@@ -148,6 +151,24 @@ class Engine:
                 self.tokens[request_id].append(token)
             for finished in message.finished:
                 self.ends[finished.request_id] = finished.reason
+
+    def lose_worker(self) -> None:
+        """The worker dies with all that is in flight, and another one comes, which knows nothing."""
+        self.worker = NullWorker(self.scheduler.config.block_size, self.worker.rule)
+        self.scheduler.restart(self.scheduler.epoch + 1)
+
+    def lose_core(self) -> None:
+        """Core and worker know nothing any more, and the frontend says again what it has not seen the end of."""
+        scheduler = self.scheduler
+        self.scheduler = Scheduler(scheduler.config, scheduler.epoch + 1, scheduler.step_time)
+        self.worker = NullWorker(scheduler.config.block_size, self.worker.rule)
+        for request_id, message in self.messages.items():
+            if request_id in self.aborted or request_id in self.ends or request_id in self.failed:
+                continue
+            if generated := self.tokens[request_id]:
+                params = msgspec.structs.replace(message.params, prompt_logprobs=None)
+                message = msgspec.structs.replace(message, params=params, generated_token_ids=pack_ints(generated))
+            self.scheduler.add(0, message)
 
     def check_logprobs(self, message: StepOutputs, ids: list[int], tokens: list[int]) -> None:
         """Log-probabilities belong to their tokens, and those of a prompt are there before its first token is."""
@@ -545,7 +566,7 @@ def test_the_same_times_make_the_same_steps() -> None:
 
 
 class RandomOperations(RuleBasedStateMachine):
-    """Any mix of arrivals, aborts, steps, times and answers, with blocks so few that preemption is common."""
+    """Any mix of arrivals, aborts, steps, times, answers and deaths, with blocks so few that preemption is common."""
 
     @initialize(
         depth=st.sampled_from([1, 2]),
@@ -608,6 +629,14 @@ class RandomOperations(RuleBasedStateMachine):
     @rule()
     def send(self) -> None:
         self.engine.send()
+
+    @rule()
+    def lose_worker(self) -> None:
+        self.engine.lose_worker()
+
+    @rule()
+    def lose_core(self) -> None:
+        self.engine.lose_core()
 
     @invariant()
     def held_blocks_are_counted(self) -> None:

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -24,11 +25,12 @@ START_SECONDS = 60.0
 class RunningEngine:
     """`python launch.py` in a process of its own, with its output collected."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, launcher: Sequence[str] = (str(ROOT / "launch.py"),)) -> None:
         self.address = f"ipc://{directory}/engine.sock"
         self.directory = directory
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "launch.py"), "--ipc", self.address, "--device", "cpu", *flags],
+            [sys.executable, *launcher, "--ipc", self.address, "--device", "cpu", *flags],
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -105,8 +107,8 @@ def start_engine(tmp_path: Path) -> Iterator[Callable[..., RunningEngine]]:
     """`start_engine(*flags)` starts an engine; whatever is left at the end of the test is stopped."""
     engines: list[RunningEngine] = []
 
-    def start(*flags: str, directory: Path | None = None) -> RunningEngine:
-        engines.append(RunningEngine(directory or tmp_path, *flags))
+    def start(*flags: str, directory: Path | None = None, **options: Any) -> RunningEngine:
+        engines.append(RunningEngine(directory or tmp_path, *flags, **options))
         return engines[-1]
 
     tmp_path.chmod(0o700)

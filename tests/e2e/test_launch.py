@@ -88,17 +88,6 @@ def test_a_killed_launcher_takes_its_processes_along(start_engine: Start) -> Non
     start_engine("--port", "0").wait_until_ready()
 
 
-@pytest.mark.parametrize("module", ["frontend.server", "core.engine", "worker.main"])
-def test_the_death_of_a_process_ends_the_engine_with_an_error(start_engine: Start, module: str, tmp_path: Path) -> None:
-    engine = start_engine("--port", "0").wait_until_ready()
-    children = engine.children()
-    engine.child(module).kill()
-    assert engine.wait() == 1
-    assert "killed by SIGKILL" in engine.output
-    assert not [child for child in children if child.is_running()]
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

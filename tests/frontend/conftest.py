@@ -19,7 +19,7 @@ import zmq
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from protocol.config import EngineConfig, make_options
-from protocol.messages import ProcessFailed, ProcessReady, ToLauncher
+from protocol.messages import FromLauncher, ProcessFailed, ProcessLost, ProcessReady, ToLauncher
 from protocol.model_config import ModelConfig
 from protocol.transport import Channel, open_socket
 from tests.frontend.fake_core import BLOCK_SIZE, FakeCore
@@ -82,9 +82,12 @@ class Frontend:
         run_directory = Path(self._directory.name)
         self.config = make_config(model, run_directory, **options)
         self.eos = make_tokenizer().token_to_id("<|im_end|>")
-        self.core = FakeCore(self.config.core_address, eos=self.eos, vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
+        self.core = make_core(self.config)
         self._context = zmq.Context()
         self._reports = Channel(open_socket(self._context, zmq.PULL, bind=self.config.launcher_address), ToLauncher)
+        self._control = Channel(
+            open_socket(self._context, zmq.PUSH, connect=self.config.control_address("frontend")), None
+        )
         self.process: subprocess.Popen[bytes] | None = None
         self.ready: ProcessReady | None = None
 
@@ -104,6 +107,17 @@ class Frontend:
         received = self._reports.receive(START_SECONDS * 1000)
         assert received is not None, "the frontend reported nothing"
         return received[1]
+
+    def tell(self, message: FromLauncher) -> None:
+        """Says something to it as the launcher would."""
+        assert self._control.send(message)
+
+    def replace_core(self) -> FakeCore:
+        """Puts another core in the place of this one, which must have stopped, and tells the frontend."""
+        self.core = make_core(self.config, epoch=self.core.epoch + 1)
+        self.core.start()
+        self.tell(ProcessLost("core", self.core.epoch, "the core was stopped", True))
+        return self.core
 
     @property
     def url(self) -> str:
@@ -125,9 +139,17 @@ class Frontend:
             self.process.stdin.close()
         if self.core.is_alive():
             self.core.stop()
+        self._control.socket.setsockopt(zmq.LINGER, 0)
+        self._control.close()
         self._reports.close()
         self._context.term()
         self._directory.cleanup()
+
+
+def make_core(config: EngineConfig, epoch: int = 0) -> FakeCore:
+    eos = make_tokenizer().token_to_id("<|im_end|>")
+    address = config.core_address(epoch)
+    return FakeCore(address, epoch=epoch, eos=eos, vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
 
 
 def make_config(model: Path, run_directory: Path, **options: Any) -> EngineConfig:

@@ -45,7 +45,7 @@ class _Running:
         prompt = unpack_ints(request.prompt_token_ids).tolist()
         self.num_cached_tokens = (len(prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE
         self.planned = prompt if request.params.ignore_eos else [*prompt, eos]
-        self.num_generated = 0
+        self.num_generated = len(unpack_ints(request.generated_token_ids))
 
     def prompt_tail(self) -> list[tuple[int, int]]:
         """(position, token) of the prompt's tokens but the first."""
@@ -62,12 +62,14 @@ class FakeCore(threading.Thread):
     added, aborted: the requests that arrived, and the ids of those that were aborted.
     """
 
-    def __init__(self, address: str, *, eos: int, vocab_size: int = 640, max_model_len: int = 512) -> None:
+    def __init__(
+        self, address: str, *, epoch: int = 0, eos: int, vocab_size: int = 640, max_model_len: int = 512
+    ) -> None:
         super().__init__(name="fake core", daemon=True)
         self.added: list[AddRequest] = []
         self.aborted: list[int] = []
         self.protocol_version = PROTOCOL_VERSION
-        self.epoch = 1
+        self.epoch = epoch
         self.step_seconds = 0.0
         # Set by tests: whether it says that it is ready, whether it makes steps, and what it refuses requests with.
         self.may_be_ready = threading.Event()

@@ -146,7 +146,7 @@ def test_metrics_are_there_while_the_engine_starts_and_after_it_failed(make_fron
         frontend.report()
         assert has_engine()
         frontend.core.stop()
-        wait_until(lambda: http.get("/health").json()["status"] == "failed")
+        wait_until(lambda: http.get("/health").json()["status"] == "recovering")
         assert not has_engine()
 
 

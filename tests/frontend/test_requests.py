@@ -19,8 +19,10 @@ from protocol.errors import EngineUnavailableError, InvalidRequestError
 from protocol.messages import (
     AddRequest,
     ChatPrompt,
+    EngineFailed,
     Failed,
     Finished,
+    ProcessLost,
     StepOutputs,
     TextPrompt,
     TokenPrompt,
@@ -28,7 +30,7 @@ from protocol.messages import (
     unpack_ints,
 )
 from protocol.sampling import SamplingParams
-from tests.frontend.conftest import MAX_MODEL_LEN, VOCAB_SIZE, make_config, make_tokenizer
+from tests.frontend.conftest import MAX_MODEL_LEN, VOCAB_SIZE, make_config, make_core
 from tests.frontend.fake_core import FakeCore, logprob_of
 
 ENDLESS = SamplingParams(max_tokens=100, ignore_eos=True)
@@ -91,8 +93,7 @@ class Setup:
 @pytest.fixture
 async def setup(model_directory: Path, tmp_path: Path) -> AsyncIterator[Setup]:
     config = make_config(model_directory, tmp_path)
-    eos = make_tokenizer().token_to_id("<|im_end|>")
-    core = FakeCore(config.core_address, eos=eos, vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
+    core = make_core(config)
     core.start()
     context = zmq.Context()
     service = Service(context, config)
@@ -293,28 +294,88 @@ async def test_messages_of_an_older_epoch_are_dropped(setup: Setup) -> None:
     setup.core.may_step.clear()
     request = setup.submit("the fox", ENDLESS)
     await setup.until(lambda: setup.core.num_running == 1)
-    setup.core.epoch = 0
+    setup.core.epoch = -1
     setup.core.may_step.set()
     await setup.until(lambda: setup.core._num_steps > 10)
     assert request.token_ids == []
-    setup.core.epoch = 1
+    setup.core.epoch = 0
     await setup.until(lambda: len(request.token_ids) > 0)
 
 
-async def test_a_core_that_goes_away_fails_what_runs_and_what_comes(setup: Setup) -> None:
+async def test_an_engine_that_gives_up_fails_what_runs_and_what_comes(setup: Setup) -> None:
     setup.core.step_seconds = 0.01
     setup.submit("the fox", ENDLESS, 0)
     setup.submit("the dog", ENDLESS, 1, stream=False)
     await setup.until(lambda: setup.core._num_steps > 3)
-    setup.core.stop()
+    setup.service.on_launcher(b"", EngineFailed("the core is gone for good"))
     await setup.sink.wait(2)
     assert {failed.kind for failed in setup.sink.failed.values()} == {"unavailable"}
     assert "core is gone" in setup.sink.failed[0].message
     assert setup.service.state == "failed"
     with pytest.raises(EngineUnavailableError, match="core is gone"):
         setup.service.require_ready()
-    with pytest.raises(EngineUnavailableError):
-        setup.submit("the fox", ENDLESS, 2)
+
+
+async def test_another_core_goes_on_where_the_last_one_ended(setup: Setup, model_directory: Path) -> None:
+    setup.core.step_seconds = 0.005
+    running = setup.submit("Größe 日本語 🙂 the quick brown fox", SamplingParams(max_tokens=100), 0)
+    quiet = setup.submit("the dog and the fox", SamplingParams(max_tokens=50, ignore_eos=True), 1, stream=False)
+    await setup.until(lambda: len(running.token_ids) > 2)
+    setup.core.stop()
+    await setup.until(lambda: setup.service.state == "recovering")
+    setup.service.require_ready()
+    waiting = setup.submit("the lazy dog", SamplingParams(max_tokens=100), 2)
+    setup.service.requests.abort([left := setup.submit("the fox", ENDLESS, 3)])
+    before = list(running.token_ids)
+    core = make_core(setup.service.config, epoch=1)
+    setup.service.on_launcher(b"", ProcessLost("core", 1, "the core was stopped", True))
+    core.start()
+    await setup.sink.wait(3)
+    assert setup.service.state == "ready"
+    assert setup.sink.text(0) == "Größe 日本語 🙂 the quick brown fox"
+    assert setup.sink.text(2) == "the lazy dog"
+    prompt = quiet.prompt_token_ids
+    assert quiet.token_ids == [prompt[i % len(prompt)] for i in range(50)]
+    assert running.token_ids[: len(before)] == before
+    replayed = {message.request_id: message for message in core.added}
+    assert set(replayed) == {running.core_id, quiet.core_id, waiting.core_id}
+    assert left.core_id not in replayed
+    assert unpack_ints(replayed[running.core_id].generated_token_ids).tolist() == before
+    assert replayed[running.core_id].params == setup.core.added[0].params
+    assert setup.core.added[0].params.seed is not None
+    core.stop()
+
+
+async def test_what_was_measured_of_a_prompt_is_not_measured_again(setup: Setup) -> None:
+    setup.core.step_seconds = 0.005
+    running = setup.submit("the quick brown fox", SamplingParams(max_tokens=60, ignore_eos=True, prompt_logprobs=1))
+    await setup.until(lambda: len(running.token_ids) > 2)
+    assert running.prompt_is_measured
+    setup.core.stop()
+    core = make_core(setup.service.config, epoch=1)
+    core.start()
+    setup.service.on_launcher(b"", ProcessLost("core", 1, "the core was stopped", True))
+    await setup.sink.wait(1)
+    assert core.added[0].params.prompt_logprobs is None
+    assert len(running.token_ids) == 60
+    assert running.prompt_is_measured
+    core.stop()
+
+
+async def test_a_lost_worker_is_told_of_until_there_is_another(setup: Setup) -> None:
+    request = setup.submit("the fox", ENDLESS)
+    setup.service.on_launcher(b"", ProcessLost("worker", 1, "the worker was killed", True))
+    assert setup.service.state == "recovering"
+    assert setup.service.unavailable_reason == "the worker was killed"
+    # What another loss than this one brings back does not end it.
+    setup.service.on_core_ready(0, is_new=False)
+    assert setup.service.state == "recovering"
+    setup.service.on_core_ready(1, is_new=False)
+    assert setup.service.state == "ready"
+    assert setup.service.unavailable_reason is None
+    await setup.until(lambda: len(request.token_ids) > 0)
+    assert len(setup.core.added) == 1
+    setup.service.requests.abort([request])
 
 
 async def test_draining_lets_requests_finish(setup: Setup) -> None:

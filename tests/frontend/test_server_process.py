@@ -13,6 +13,7 @@ import httpx
 from protocol.address import socket_path
 from protocol.messages import (
     PROTOCOL_VERSION,
+    EngineFailed,
     Failed,
     Generate,
     GetStats,
@@ -91,7 +92,7 @@ def test_sigterm_during_the_start_ends_at_once(make_frontend: Callable[..., Fron
     assert frontend.terminate() == 0
 
 
-def test_a_core_that_goes_away_fails_running_requests(
+def test_an_engine_that_gives_up_tells_its_clients_why(
     make_frontend: Callable[..., Frontend], connect: Callable[..., Client]
 ) -> None:
     frontend = make_frontend().start()
@@ -100,12 +101,13 @@ def test_a_core_that_goes_away_fails_running_requests(
     client.generate(1, "the fox")
     client.receive(Started)
     frontend.core.stop()
+    frontend.tell(EngineFailed("the core is gone for good"))
     while not client.others:
         client.gather_one()
-    assert client.others == [Failed(1, "unavailable", "the engine core is gone", None)]
+    assert client.others == [Failed(1, "unavailable", "the core is gone for good", None)]
     client.send(GetStats(1))
     assert "does not answer" in client.receive(Failed).message
-    assert httpx.get(f"{frontend.url}/health").json() == {"status": "failed", "reason": "the engine core is gone"}
+    assert httpx.get(f"{frontend.url}/health").json() == {"status": "failed", "reason": "the core is gone for good"}
     assert frontend.terminate() == 0
 
 
@@ -199,7 +201,7 @@ def test_sigterm_answers_every_request(make_frontend: Callable[..., Frontend]) -
     assert frontend.process.wait(10) == 0
 
 
-def test_a_core_that_goes_away_ends_streams_with_an_error(make_frontend: Callable[..., Frontend]) -> None:
+def test_an_engine_that_gives_up_ends_streams_with_an_error(make_frontend: Callable[..., Frontend]) -> None:
     frontend = make_frontend().start()
     frontend.core.step_seconds = 0.01
     body = {"prompt": [1, 2], "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -207,11 +209,32 @@ def test_a_core_that_goes_away_ends_streams_with_an_error(make_frontend: Callabl
         lines = stream.iter_lines()
         next(lines)
         frontend.core.stop()
+        frontend.tell(EngineFailed("the core is gone for good"))
         rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         error = json.loads(rest[-2].removeprefix("data: "))["error"]
-        assert error["message"] == "the engine core is gone"
-        assert error_of(http.post("/v1/completions", json={"prompt": "a"}), 503)["message"] == "the engine core is gone"
+        assert error["message"] == "the core is gone for good"
+        refused = error_of(http.post("/v1/completions", json={"prompt": "a"}), 503)
+        assert refused["message"] == "the core is gone for good"
+
+
+def test_streams_go_on_with_another_core(make_frontend: Callable[..., Frontend]) -> None:
+    frontend = make_frontend().start()
+    frontend.core.step_seconds = 0.01
+    prompt = [1, 2, 3, 4, 5]
+    body = {"prompt": prompt, "max_tokens": 60, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    with httpx.Client(base_url=frontend.url) as http, http.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        events = [next(line for line in lines if line)]
+        frontend.core.stop()
+        wait_until(lambda: http.get("/health").status_code == 503)
+        assert http.get("/health").json()["status"] == "recovering"
+        frontend.replace_core()
+        events += [line for line in lines if line]
+        assert http.get("/health").status_code == 200
+    assert events.pop() == "data: [DONE]"
+    choices = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events]
+    assert [token for choice in choices for token in choice["token_ids"]] == [prompt[i % 5] for i in range(60)]
 
 
 def test_a_generation_config_that_is_wrong_is_an_error_of_the_start(

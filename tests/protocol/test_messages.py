@@ -24,6 +24,7 @@ UNIONS = {
         "CoreToWorker",
         "WorkerToCore",
         "ToLauncher",
+        "FromLauncher",
     )
 }
 DECODERS = {name: Decoder(union) for name, union in UNIONS.items()}

@@ -1,0 +1,86 @@
+"""A worker that can be made to fail: the real one, with a fault in it that only a test can put there.
+
+    python -m tests.support.faulty_worker launch FLAGS…     the launcher, with this worker in the worker's place
+
+While a request whose prompt has the token `POISON` twice in a row is computed, the worker fails in the way that the
+environment variable `FAULT` names.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+POISON = 777
+
+
+def raise_error() -> None:
+    raise RuntimeError("the device has fallen off")
+
+
+def segfault() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hang() -> None:
+    time.sleep(3600)
+
+
+def illegal_memory_access() -> None:
+    """What a kernel does that reads beyond its memory: the error comes later, from whatever is called next."""
+    import torch
+
+    indices = torch.full((1024,), 2**40, dtype=torch.int64, device="cuda")
+    torch.take(torch.zeros(1, device="cuda"), indices)
+
+
+FAULTS: dict[str, Callable[[], None]] = {
+    "error": raise_error,
+    "segfault": segfault,
+    "hang": hang,
+    "illegal_memory_access": illegal_memory_access,
+}
+
+
+def has_poison(tokens: np.ndarray) -> bool:
+    return bool(((tokens[1:] == POISON) & (tokens[:-1] == POISON)).any())
+
+
+def run_worker() -> None:
+    from protocol.messages import Step, unpack_ints
+    from protocol.process import run_child
+    from worker import main as worker_main
+    from worker.runner import StepRunner
+    from worker.step_results import PendingTokens
+
+    execute = StepRunner.execute
+    fault = FAULTS[os.environ["FAULT"]]
+
+    def execute_or_fail(self: StepRunner, step: Step) -> PendingTokens | None:
+        launched = execute(self, step)
+        slots = set(self._decode_slots.tolist()) | set(unpack_ints(step.prefill_slots).tolist())
+        if any(has_poison(self.state.known_tokens[slot]) for slot in slots):
+            fault()
+        return launched
+
+    StepRunner.execute = execute_or_fail  # type: ignore[method-assign]
+    run_child("worker", worker_main.main)
+
+
+def run_launcher() -> int:
+    import launch
+    from launcher import child
+
+    child.MODULES["worker"] = __spec__.name
+    return launch.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "launch":
+        sys.exit(run_launcher())
+    run_worker()
