@@ -64,6 +64,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         None, "longest sequence, prompt and answer; default: the model's, bounded by the cache"
     )
     max_num_seqs: PositiveInt = _option(256, "most sequences running at once")
+    max_client_share: Annotated[float, Meta(gt=0, le=1)] = _option(
+        0.5, "share of the KV cache from which on a client is passed over while others wait for blocks; 1: no cap"
+    )
     max_num_batched_tokens: PositiveInt = _option(
         8192, "token budget of a step; longer prompts are prefilled in chunks"
     )

@@ -225,7 +225,8 @@ class AddRequest(Message, frozen=True):
     """A checked and tokenized request. `request_id` is unique within the frontend that sends it.
 
     `bad_words` are the token sequences of the words that must not be generated: the core knows no text. `grammar` is
-    what the answer must be, in llguidance's form.
+    what the answer must be, in llguidance's form. `client` says whose request it is, for the cap on what one may hold:
+    a number that is the same for all requests of a client of that frontend.
     """
 
     request_id: int
@@ -235,6 +236,7 @@ class AddRequest(Message, frozen=True):
     cache_salt: str | None = None
     bad_words: list[Int32Array] = []
     grammar: str | None = None
+    client: int = 0
 
     def __post_init__(self) -> None:
         require_whole(self, ("prompt_token_ids",), 4)
