@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 
+from frontend.failures import error_of
 from frontend.requests import RunningRequest
-from protocol.errors import EngineUnavailableError, InvalidRequestError, RequestFailedError
 from protocol.messages import Failed, Finished
 
 
@@ -79,7 +79,7 @@ class Collector:
         Empty if the client has left.
 
         Raises:
-            InvalidRequestError, EngineUnavailableError, RequestFailedError: one of the requests failed.
+            EngineError: one of the requests failed.
         """
         while not (self._new or self._failed or self.client_left):
             self._waiter = asyncio.get_running_loop().create_future()
@@ -88,7 +88,7 @@ class Collector:
             return []
         if not self._new:
             assert self._failed is not None
-            raise _error(self._failed)
+            raise error_of(self._failed)
         taken = []
         for choice in self._new:
             taken.append((choice, "".join(choice.text_parts), choice.token_ids))
@@ -103,11 +103,3 @@ class Collector:
         if not choice.is_new:
             choice.is_new = True
             self._new.append(choice)
-
-
-def _error(failed: Failed) -> Exception:
-    if failed.kind == "invalid_request":
-        return InvalidRequestError(failed.message, failed.param)
-    if failed.kind == "unavailable":
-        return EngineUnavailableError(failed.message)
-    return RequestFailedError(failed.message)

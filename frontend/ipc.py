@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
 from typing import Any
 
 import msgspec
 import zmq
 
+from frontend.admission import Reservation
+from frontend.client_identity import ipc_client
+from frontend.deadlines import time_limit
+from frontend.failures import failed_of
 from frontend.prompts import RenderedPrompt, is_long
 from frontend.requests import RunningRequest
 from frontend.service import Service
-from protocol.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from protocol.errors import ConfigError, EngineError
 from protocol.logprobs import PromptLogprobs, TokenLogprob, pack_logprobs
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -53,6 +58,7 @@ class ClientConnection:
 
     def __init__(self, server: IpcServer, identity: bytes, heartbeat_s: float, now: float) -> None:
         self.identity = identity
+        self.number = ipc_client(identity)
         self.heartbeat_s = heartbeat_s
         self.last_heard = now
         self.requests: dict[int, RunningRequest] = {}
@@ -211,30 +217,42 @@ class IpcServer:
             return
         try:
             self._service.require_ready()
-            rendered = self._service.prompts.render(generate.prompt)
-            if is_long(rendered) or generate.params.structured_outputs is not None:
-                task = self._loop.create_task(self._encode_and_submit(client, generate, rendered))
-                client.encoding[request_id] = task
-            else:
-                truncate = generate.params.truncate_prompt_tokens
-                self._submit(client, generate, self._service.prompts.encode(rendered, truncate))
-        except (InvalidRequestError, EngineUnavailableError) as error:
+            self._service.timeout_of(generate.timeout)
+            with self._service.admission.reserve(1):
+                rendered = self._service.prompts.render(generate.prompt)
+                if not is_long(rendered) and generate.params.structured_outputs is None:
+                    truncate = generate.params.truncate_prompt_tokens
+                    self._submit(client, generate, self._service.prompts.encode(rendered, truncate))
+                    return
+            num_bytes = sys.getsizeof(rendered.text) if isinstance(rendered, RenderedPrompt) else 0
+            place = self._service.admission.reserve(1, num_bytes)
+            task = self._loop.create_task(self._encode_and_submit(client, generate, rendered, place))
+            # Not by the task itself, which may be cancelled before it begins.
+            task.add_done_callback(lambda _: place.release())
+            client.encoding[request_id] = task
+        except EngineError as error:
             self._fail(client, request_id, error)
 
     async def _encode_and_submit(
-        self, client: ClientConnection, generate: Generate, rendered: RenderedPrompt | list[int]
+        self,
+        client: ClientConnection,
+        generate: Generate,
+        rendered: RenderedPrompt | list[int],
+        place: Reservation,
     ) -> None:
         arrived = time.perf_counter()
         try:
-            truncate = generate.params.truncate_prompt_tokens
-            token_ids = await self._service.prompts.encode_in_thread(rendered, truncate)
-            grammar = await self._service.grammars.of_answer(
-                generate.params.structured_outputs, generate.prompt, token_ids
-            )
+            async with time_limit(arrived, self._service.timeout_of(generate.timeout)):
+                truncate = generate.params.truncate_prompt_tokens
+                token_ids = await self._service.prompts.encode_in_thread(rendered, truncate)
+                grammar = await self._service.grammars.of_answer(
+                    generate.params.structured_outputs, generate.prompt, token_ids
+                )
             self._service.require_ready()
             if self._is_here(client):
                 self._submit(client, generate, token_ids, arrived, grammar)
-        except (InvalidRequestError, EngineUnavailableError) as error:
+                place.release()
+        except EngineError as error:
             self._fail(client, generate.request_id, error)
         finally:
             # After an abort the id may already belong to another request.
@@ -250,6 +268,7 @@ class IpcServer:
         grammar: str | None = None,
     ) -> None:
         params = self._service.prompts.fit_max_tokens(generate.params, token_ids)
+        self._service.admission.require_tokens(len(token_ids))
         request = self._service.requests.submit(
             token_ids,
             params,
@@ -260,18 +279,15 @@ class IpcServer:
             cache_salt=generate.cache_salt,
             arrival_time=arrived,
             grammar=grammar,
+            timeout=self._service.timeout_of(generate.timeout),
+            client=client.number,
         )
         client.requests[generate.request_id] = request
         if not isinstance(generate.prompt, TokenPrompt) or params.truncate_prompt_tokens is not None:
             self.send(client, Started(generate.request_id, pack_ints(token_ids)))
 
-    def _fail(
-        self, client: ClientConnection, request_id: int, error: InvalidRequestError | EngineUnavailableError
-    ) -> None:
-        if isinstance(error, InvalidRequestError):
-            self.send(client, Failed(request_id, "invalid_request", error.message, error.param))
-        else:
-            self.send(client, Failed(request_id, "unavailable", str(error)))
+    def _fail(self, client: ClientConnection, request_id: int, error: EngineError) -> None:
+        self.send(client, failed_of(request_id, error))
 
     def _on_abort(self, client: ClientConnection, abort: Abort) -> None:
         """Ends requests where they are. Each is answered, so that whoever waits for one is not left waiting."""

@@ -86,6 +86,18 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     )
     enforce_eager: bool = _option(False, "run without CUDA graphs")
     num_threads: PositiveInt | None = _option(None, "threads of the worker on a CPU; default: the CPUs it may use")
+    max_waiting: Annotated[int, Meta(ge=0)] = _option(
+        4096, "most requests that wait for their first token; more are answered 429; 0: no limit"
+    )
+    max_waiting_tokens: Annotated[int, Meta(ge=0)] = _option(
+        8388608, "most prompt tokens of requests that wait; 0: no limit"
+    )
+    max_waiting_bytes: str = _option(
+        "256MiB", "most bytes of prompts that wait to be tokenized, such as 64MiB; 0: no limit"
+    )
+    request_timeout: Annotated[float, Meta(ge=0)] = _option(
+        0.0, "seconds in which a request must be finished that has no timeout of its own; 0: any time"
+    )
     shutdown_timeout: Annotated[float, Meta(ge=0)] = _option(
         5.0, "seconds that running requests get to finish when the engine is stopped"
     )
@@ -171,6 +183,7 @@ def make_options(values: Mapping[str, Any]) -> EngineOptions:
     if options.block_size is not None and options.block_size & (options.block_size - 1):
         raise ConfigError(f"--block-size must be a power of two, got {options.block_size}")
     parse_size(options.kv_cache_memory)
+    parse_size(options.max_waiting_bytes, "--max-waiting-bytes", zero_is_none=True)
     parse_steps(options.profile_steps)
     _check_http_options(options)
     return options
@@ -267,8 +280,8 @@ def option_flags(options: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `512MiB`, `4GiB`, `2GB` or a plain number.
+def parse_size(text: str, flag: str = "--kv-cache-memory", *, zero_is_none: bool = False) -> int:
+    """Bytes of a size such as `512MiB`, `4GiB`, `2GB` or a plain number. 0 is one only where it means no limit.
 
     Raises:
         ConfigError: the text is no size.
@@ -279,9 +292,9 @@ def parse_size(text: str) -> int:
     try:
         size = int(float(number) * units[unit])
     except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"--kv-cache-memory must be a size such as 512MiB or 4GiB, got {text!r}") from None
-    if size <= 0:
-        raise ConfigError(f"--kv-cache-memory must be positive, got {text!r}")
+        raise ConfigError(f"{flag} must be a size such as 512MiB or 4GiB, got {text!r}") from None
+    if size < 0 or (size == 0 and not zero_is_none):
+        raise ConfigError(f"{flag} must be positive, got {text!r}")
     return size
 
 

@@ -24,7 +24,7 @@ from protocol.sampling import SamplingParams
 
 __all__ = ["pack_ints", "unpack_ints"]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 FinishReason = Literal["stop", "length", "abort"]
 Count = Annotated[int, Meta(ge=0)]
@@ -71,7 +71,8 @@ class Stats(Message, frozen=True):
 class EngineInfo(Struct, array_like=True, frozen=True):
     """What a peer must know of the engine before it sends a request.
 
-    `sampling_defaults` are the values, by name, that the model recommends; the frontend adds them.
+    `sampling_defaults` are the values, by name, that the model recommends, and `max_waiting` the most requests that may
+    wait, if there is a limit; the frontend adds both.
     """
 
     model: str
@@ -81,6 +82,7 @@ class EngineInfo(Struct, array_like=True, frozen=True):
     num_blocks: int
     has_tokenizer: bool = True
     sampling_defaults: dict[str, Any] = msgspec.field(default_factory=dict)
+    max_waiting: int | None = None
 
 
 # --- Python client ⇄ frontend ---------------------------------------------------------------------------------------
@@ -129,7 +131,8 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 class Generate(Message, frozen=True):
     """One request of a client. `request_id` is the client's own.
 
-    Without `stream`, tokens and text come back when the request ends, in one `Outputs`.
+    Without `stream`, tokens and text come back when the request ends, in one `Outputs`. `timeout` is in seconds, from
+    arrival to end.
     """
 
     request_id: int
@@ -138,6 +141,7 @@ class Generate(Message, frozen=True):
     stream: bool = True
     priority: int = 0
     cache_salt: str | None = None
+    timeout: float | None = None
 
 
 class Abort(Message, frozen=True):
@@ -190,11 +194,13 @@ class Outputs(HotMessage, frozen=True):
         require_same_count(self, ("request_ids", 8), ("token_ids", 4))
 
 
-ErrorKind = Literal["invalid_request", "unavailable", "failed"]
+ErrorKind = Literal["invalid_request", "unavailable", "failed", "overloaded", "timeout"]
 
 
 class Failed(Message, frozen=True):
     """Core → frontend → client: the request was refused or could not be finished. `param` names the field at fault.
+
+    `retry_after` are the seconds after which a request that was refused as "overloaded" may be taken.
 
     Also the answer to a `GetStats` that cannot be answered, with the query's id.
     """
@@ -203,6 +209,7 @@ class Failed(Message, frozen=True):
     kind: ErrorKind
     message: str
     param: str | None = None
+    retry_after: float | None = None
 
 
 ClientMessage = Hello | Generate | Abort | Heartbeat | GetStats
