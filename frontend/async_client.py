@@ -44,6 +44,7 @@ from protocol.messages import (
     Hello,
     Outputs,
     Prompt,
+    Received,
     Refused,
     Started,
     Stats,
@@ -55,6 +56,8 @@ from protocol.sampling import SamplingParams
 from protocol.transport import MAX_MESSAGE_BYTES, AsyncChannel, DisconnectWatch, encode, open_socket
 
 HEARTBEAT_S = 5.0
+# How many bytes a client takes before it says so: a quarter of the least that --max-stream-buffer can be.
+RECEIVED_EVERY_BYTES = 16 * 1024
 # How often a client looks whether the engine is still there.
 LOOK_S = 0.5
 
@@ -75,6 +78,7 @@ class AsyncClient:
         self._queries: dict[int, asyncio.Future[Stats]] = {}
         self._channel: AsyncChannel | None = None
         self._gone: str | None = None
+        self._num_bytes_confirmed = 0
 
     # --- connection -----------------------------------------------------------------------------------------------
 
@@ -165,6 +169,10 @@ class AsyncClient:
     # --- messages ---------------------------------------------------------------------------------------------------
 
     def _on_message(self, _: bytes, message: Any) -> None:
+        channel = self._channel
+        if channel is not None and channel.num_bytes_received - self._num_bytes_confirmed > RECEIVED_EVERY_BYTES:
+            self._num_bytes_confirmed = channel.num_bytes_received
+            channel.send(Received(channel.num_bytes_received))
         if isinstance(message, Outputs):
             self._on_outputs(message)
         elif isinstance(message, Started):

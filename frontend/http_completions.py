@@ -6,6 +6,7 @@ Whatever ends an exchange early, an error, a client that leaves or a server that
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from abc import ABC, abstractmethod
 from typing import Any
@@ -36,9 +37,12 @@ from frontend.service import Service
 from frontend.structured_output import read_response_format, read_structured_outputs
 from frontend.token_options import check_logprobs_of_all
 from frontend.tool_choice import Tools, read_tools
+from protocol.config import parse_size
 from protocol.errors import InvalidRequestError
 from protocol.messages import ChatPrompt, Prompt, TextPrompt
 from protocol.structured_outputs import StructuredOutputsParams
+
+logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 # The OpenAI API's for plain completions; a chat answer may fill the context.
@@ -53,6 +57,7 @@ class Endpoint(ABC):
     def __init__(self, service: Service, defaults: SamplingDefaults) -> None:
         self._service = service
         self._defaults = defaults
+        self._max_stream_buffer = parse_size(service.config.options.max_stream_buffer, "--max-stream-buffer")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.require_ready()
@@ -74,7 +79,15 @@ class Endpoint(ABC):
         client = http_client(scope, has_keys=bool(self._service.config.options.api_key))
         num_requests = len(prompts) * params.n
 
-        collector = Collector(num_requests)
+        def abort_slow_client() -> None:
+            logger.warning(
+                "a client does not read its stream, and more waits for it than --max-stream-buffer allows: "
+                "aborting its %d requests",
+                num_requests,
+            )
+            exchange_of(scope).abort()
+
+        collector = Collector(num_requests, self._max_stream_buffer, abort_slow_client)
         watcher = asyncio.get_running_loop().create_task(_watch(receive, collector))
         requests: list[RunningRequest] = []
         try:

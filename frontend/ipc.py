@@ -9,6 +9,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections import deque
 from typing import Any
 
 import msgspec
@@ -21,6 +22,7 @@ from frontend.failures import failed_of
 from frontend.prompts import RenderedPrompt, is_long
 from frontend.requests import RunningRequest
 from frontend.service import Service
+from protocol.config import parse_size
 from protocol.errors import ConfigError, EngineError
 from protocol.logprobs import PromptLogprobs, TokenLogprob, pack_logprobs
 from protocol.messages import (
@@ -35,6 +37,7 @@ from protocol.messages import (
     Hello,
     Malformed,
     Outputs,
+    Received,
     Refused,
     Started,
     Stats,
@@ -42,7 +45,7 @@ from protocol.messages import (
     Welcome,
     pack_ints,
 )
-from protocol.transport import AsyncChannel, open_socket
+from protocol.transport import AsyncChannel, encode, open_socket
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,7 @@ logger = logging.getLogger(__name__)
 _MISSED_HEARTBEATS = 3
 _WATCH_INTERVAL_S = 0.5
 _MIN_HEARTBEAT_S, _MAX_HEARTBEAT_S = 0.1, 3600.0
+_TOO_SLOW = "does not read its answers, and more waits for it than --max-stream-buffer allows"
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -62,6 +66,8 @@ class ClientConnection:
         self.heartbeat_s = heartbeat_s
         self.last_heard = now
         self.requests: dict[int, RunningRequest] = {}
+        self._num_bytes_sent = self._num_bytes_taken = 0
+        self._ends_sent: deque[int] = deque()  # how much had been sent at each end that has not been taken
         self.encoding: dict[int, asyncio.Task[None]] = {}
         self._server = server
         self._request_ids: list[int] = []
@@ -98,12 +104,27 @@ class ClientConnection:
 
     def ended(self, finished: Finished) -> None:
         self._finished.append(finished)
+        self._ends_sent.append(self._num_bytes_sent + 1)
 
     def fail(self, request: RunningRequest, failed: Failed) -> None:
         self.requests.pop(request.tag, None)
         # What came before the failure goes first.
         self.flush()
         self._server.send(self, failed)
+
+    def count_sent(self, num_bytes: int) -> None:
+        self._num_bytes_sent += num_bytes
+
+    def on_received(self, num_bytes: int) -> None:
+        """The client says how much it has taken of what was sent."""
+        self._num_bytes_taken = min(num_bytes, self._num_bytes_sent)
+        while self._ends_sent and self._ends_sent[0] <= self._num_bytes_taken:
+            self._ends_sent.popleft()
+
+    def is_too_slow(self, most_bytes: int) -> bool:
+        """Whether more waits for it than `most_bytes` for each request whose output it has not taken in full."""
+        waiting = self._num_bytes_sent - self._num_bytes_taken
+        return waiting > most_bytes and waiting > most_bytes * (len(self.requests) + len(self._ends_sent))
 
     def flush(self) -> None:
         """Sends what has gathered since the last time, as one message."""
@@ -131,6 +152,7 @@ class IpcServer:
         self._loop = asyncio.get_running_loop()
         self._clients: dict[bytes, ClientConnection] = {}
         self._ready = False
+        self._max_stream_buffer = parse_size(service.config.options.max_stream_buffer, "--max-stream-buffer")
         try:
             socket = open_socket(context, zmq.ROUTER, bind=address)
         except zmq.ZMQError as error:
@@ -146,8 +168,18 @@ class IpcServer:
             self._welcome(client)
 
     def send(self, client: ClientConnection, message: Any) -> None:
-        """Sends to a client; one that cannot be sent to is gone, and its requests with it."""
-        if not self._channel.send(message, client.identity) and self._is_here(client):
+        """Sends to a client; one that cannot be sent to is gone, and its requests with it.
+
+        So is one that does not read what it was sent, once that is too much to keep for it.
+        """
+        if client.is_too_slow(self._max_stream_buffer):
+            if self._is_here(client):
+                self._channel.send(Refused(f"this client {_TOO_SLOW}: its requests were aborted"), client.identity)
+                self._drop(client, _TOO_SLOW)
+            return
+        frame = encode(message)
+        client.count_sent(len(frame))
+        if not self._channel.send_frame(frame, client.identity) and self._is_here(client):
             self._drop(client, "cannot be reached")
 
     def _is_here(self, client: ClientConnection) -> bool:
@@ -176,6 +208,8 @@ class IpcServer:
             self._on_abort(client, message)
         elif isinstance(message, GetStats):
             self._on_get_stats(client, message.query_id)
+        elif isinstance(message, Received):
+            client.on_received(message.num_bytes)
         else:
             assert isinstance(message, Heartbeat)
 

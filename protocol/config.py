@@ -25,6 +25,8 @@ PositiveInt = Annotated[int, Meta(ge=1)]
 
 # Read by the launcher beside its flags, since a command line is seen by every user of the machine.
 API_KEY_VARIABLE = "MINI_VLLM_API_KEY"
+# Python clients say what they have taken when it has become a quarter of this.
+MIN_STREAM_BUFFER = 64 * 1024
 # Options whose value no message may show.
 _SECRETS = ("api_key",)
 
@@ -94,6 +96,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     )
     max_waiting_bytes: str = _option(
         "256MiB", "most bytes of prompts that wait to be tokenized, such as 64MiB; 0: no limit"
+    )
+    max_stream_buffer: str = _option(
+        "4MiB", "most bytes that a stream's client may leave unread before its request is aborted, such as 512KiB"
     )
     request_timeout: Annotated[float, Meta(ge=0)] = _option(
         0.0, "seconds in which a request must be finished that has no timeout of its own; 0: any time"
@@ -184,6 +189,8 @@ def make_options(values: Mapping[str, Any]) -> EngineOptions:
         raise ConfigError(f"--block-size must be a power of two, got {options.block_size}")
     parse_size(options.kv_cache_memory)
     parse_size(options.max_waiting_bytes, "--max-waiting-bytes", zero_is_none=True)
+    if parse_size(options.max_stream_buffer, "--max-stream-buffer") < MIN_STREAM_BUFFER:
+        raise ConfigError(f"--max-stream-buffer must be at least 64KiB, got {options.max_stream_buffer}")
     parse_steps(options.profile_steps)
     _check_http_options(options)
     return options

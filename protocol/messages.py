@@ -3,7 +3,8 @@
 Messages are msgspec Structs, tagged by class name and encoded as msgpack arrays. Integer arrays travel as raw
 little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a copy: see `protocol/arrays.py`.
 
-    Python client ⇄ frontend     Hello Generate Abort Heartbeat GetStats | Welcome Refused Started Outputs Failed Stats
+    Python client ⇄ frontend     Hello Generate Abort Heartbeat Received GetStats
+                                 | Welcome Refused Started Outputs Failed Stats
     frontend ⇄ core              CoreHello AddRequest AbortRequests GetStats | CoreReady StepOutputs Failed Stats
     core ⇄ worker                Step StepMasks Shutdown | WorkerReady StepResult WorkerFailed
     any process → launcher       Progress ProcessReady ProcessFailed
@@ -152,6 +153,12 @@ class Heartbeat(Message, frozen=True):
     pass
 
 
+class Received(Message, frozen=True):
+    """Client → frontend, now and then: how many bytes of messages it has taken in all. What waits for it is bounded."""
+
+    num_bytes: Count
+
+
 class Started(Message, frozen=True):
     """The request was tokenized and handed to the core: its prompt's ids, for clients that sent text."""
 
@@ -212,7 +219,7 @@ class Failed(Message, frozen=True):
     retry_after: float | None = None
 
 
-ClientMessage = Hello | Generate | Abort | Heartbeat | GetStats
+ClientMessage = Hello | Generate | Abort | Heartbeat | Received | GetStats
 FrontendMessage = Welcome | Refused | Started | Outputs | Failed | Stats
 
 # --- frontend ⇄ core ------------------------------------------------------------------------------------------------
