@@ -186,6 +186,7 @@ def scheduler_config(config: EngineConfig, ready: WorkerReady) -> SchedulerConfi
         num_blocks=ready.num_blocks,
         enable_prefix_caching=config.options.enable_prefix_caching,
         eos_token_ids=config.model_config.eos_token_ids,
+        max_client_share=config.options.max_client_share,
     )
 
 

@@ -31,6 +31,7 @@ class Request:
         "awaits_grammar",
         "bad_words",
         "block_ids",
+        "client",
         "digests",
         "frontend_index",
         "grammar",
@@ -55,6 +56,7 @@ class Request:
     def __init__(self, frontend_index: int, message: AddRequest, arrival: int, max_model_len: int) -> None:
         self.frontend_index = frontend_index
         self.request_id = message.request_id
+        self.client = (frontend_index, message.client)
         self.params = message.params
         self.bad_words = message.bad_words
         self.priority = message.priority

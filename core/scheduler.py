@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from core.block_pool import BlockPool
+from core.client_shares import ClientShares
 from core.endings import ending_of, why_no_token
 from core.grammar import GrammarState
 from core.logit_edits import logit_edits
@@ -53,10 +54,12 @@ class SchedulerConfig:
     num_blocks: int
     enable_prefix_caching: bool
     eos_token_ids: tuple[int, ...]
+    max_client_share: float = 1.0
 
 
 class Scheduler:
-    """The policy. One total order, (priority, arrival), decides who goes first and who is preempted last.
+    """The policy. One total order, (priority, arrival), decides who goes first and who is preempted last. When blocks
+    are short, those of a client that holds more than its share come after those of others: see `ClientShares`.
 
     With a `step_time` model, prefill beside decodes is bounded by the time that it predicts.
     """
@@ -70,6 +73,7 @@ class Scheduler:
         self.pool = BlockPool(config.num_blocks, on_reuse=self.cache.forget)
         self._requests: dict[tuple[int, int], Request] = {}
         self._waiting = WaitingQueue()
+        self._shares = ClientShares(config.max_client_share, self.pool.num_usable)
         self._running: list[Request] = []  # in a slot, in order
         self._prefilling: list[Request] = []  # those of them with known tokens still to compute, in order
         self._decode_slots: np.ndarray | None = None  # None when the set of decoding requests changed
@@ -113,6 +117,7 @@ class Scheduler:
         self._num_arrivals += 1
         self._counts["prompt_tokens"] += request.num_prompt_tokens
         self._requests[request.key] = request
+        self._shares.add(request)
         if request.awaits_grammar:
             self._waiting.hold(request)
         else:
@@ -302,8 +307,7 @@ class Scheduler:
 
     def _preempt_until_decodes_fit(self) -> None:
         while len(self._slots_without_room()) > self.pool.num_free:
-            # A draining request computes nothing more: taking its blocks would only repeat what it has done.
-            self._preempt(next(r for r in reversed(self._running) if r.phase is not Phase.DRAINING))
+            self._preempt(self._shares.victim(self._running))
 
     def _extend_decodes(self) -> tuple[np.ndarray, list[int], list[int]]:
         """Gives a block to each decoding slot that needs one: (slots, positions in their tables, block ids)."""
@@ -366,7 +370,11 @@ class Scheduler:
         """Takes waiting requests in order, of those that go before `before`, while there are slots, blocks, budget."""
         # Each decoding request may need a block soon; taking the last ones now would mean preempting at once.
         reserve = len(self._decoding_slots())
-        while not budget.is_spent and self.table.num_free and (request := self._waiting.head) is not None:
+        while not budget.is_spent and self.table.num_free:
+            over = self._shares.clients_over(self._running) if self._blocks_are_short(reserve) else ()
+            request = self._waiting.first(over)
+            if request is None:
+                break
             if before is not None and request.order > before.order:
                 break
             if request.num_in_flight:
@@ -382,11 +390,18 @@ class Scheduler:
             length = budget.take(start, len(request.token_ids) - start)
             if not length:
                 break
-            self._waiting.pop()
+            self._waiting.pop(over)
             self.pool.share(cached)
             request.block_ids = cached + self.pool.allocate(num_blocks - len(cached))
             admitted.append(self._start(request, len(cached)))
             self._prefill(request, length, chunks)
+
+    def _blocks_are_short(self, reserve: int) -> bool:
+        """Whether what waits does not fit into the blocks that are free, beside `reserve` of them.
+
+        Asked before anyone is admitted, since the head of the queue may always fit into what has just become free.
+        """
+        return self._waiting.num_tokens > (self.pool.num_free - reserve) * self.config.block_size
 
     def _find_cached_blocks(self, request: Request) -> list[int]:
         """Blocks that hold the beginning of the request's tokens; never the last token, whose logits are needed.
@@ -589,6 +604,7 @@ class Scheduler:
 
     def _finish(self, request: Request) -> None:
         del self._requests[request.key]
+        self._shares.remove(request)
         if request.slot >= 0:
             self._leave_slot(request, Phase.FINISHED)
         else:

@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 from core.request import Phase, Request
 
+_Heap = list[tuple[int, int, Request]]
+
 
 class WaitingQueue:
     """Ordered by (priority, arrival).
@@ -18,7 +20,9 @@ class WaitingQueue:
     def __init__(self) -> None:
         self.num_tokens = 0
         # May hold requests that have finished: they are dropped when they come to the head.
-        self._heap: list[tuple[int, int, Request]] = []
+        self._heap: _Heap = []
+        # By client, requests that were passed over at the head, so that they are not looked at again in each step.
+        self._passed_over: dict[tuple[int, int], _Heap] = {}
         # While only some may be admitted, the others are kept apart.
         self._only: Collection[Request] | None = None
         self._kept_apart: list[Request] = []
@@ -36,8 +40,9 @@ class WaitingQueue:
 
     def restrict(self, only: Collection[Request] | None) -> None:
         """Lets no request come to the head but these, until told otherwise; None lets all."""
-        queued = [request for *_, request in self._heap] + self._kept_apart
-        self._only, self._heap, self._kept_apart = only, [], []
+        heaps = [self._heap, *self._passed_over.values()]
+        queued = [request for heap in heaps for *_, request in heap] + self._kept_apart
+        self._only, self._heap, self._passed_over, self._kept_apart = only, [], {}, []
         for request in queued:
             if request.phase is Phase.WAITING:
                 self.release(request)
@@ -46,18 +51,29 @@ class WaitingQueue:
         self.hold(request)
         self.release(request)
 
-    @property
-    def head(self) -> Request | None:
-        """The first that waits, or None."""
-        while self._heap and self._heap[0][2].phase is Phase.FINISHED:
-            heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+    def first(self, over: Collection[tuple[int, int]] = ()) -> Request | None:
+        """The first that waits, or None: one whose client is not among those `over` their share, if there is any."""
+        while over and (head := _head(self._heap)) is not None and head.client in over:
+            heapq.heappush(self._passed_over.setdefault(head.client, []), heapq.heappop(self._heap))
+        heap = self._first_heap(over)
+        return heap[0][2] if heap else None
 
-    def pop(self) -> Request:
-        """Takes out the head."""
-        request = heapq.heappop(self._heap)[2]
+    def pop(self, over: Collection[tuple[int, int]] = ()) -> Request:
+        """Takes out what `first` returns."""
+        request = heapq.heappop(self._first_heap(over))[2]
         self.num_tokens -= len(request.token_ids)
         return request
+
+    def _first_heap(self, over: Collection[tuple[int, int]]) -> _Heap:
+        """The heap whose head goes first; empty if nothing waits."""
+        if not self._passed_over:
+            _head(self._heap)
+            return self._heap
+        self._passed_over = {client: heap for client, heap in self._passed_over.items() if _head(heap) is not None}
+        heaps = [self._heap] if _head(self._heap) is not None else []
+        heaps += [heap for client, heap in self._passed_over.items() if client not in over]
+        # Where nobody else waits, blocks that are free are no use to anybody else.
+        return min(heaps or list(self._passed_over.values()) or [self._heap], key=lambda heap: heap[:1])
 
     def count_token(self) -> None:
         """A token came back for a request that waits, since it was on its way when the request lost its slot."""
@@ -66,3 +82,9 @@ class WaitingQueue:
     def forget(self, request: Request) -> None:
         """No longer counts a request that is about to finish while it waits."""
         self.num_tokens -= len(request.token_ids)
+
+
+def _head(heap: _Heap) -> Request | None:
+    while heap and heap[0][2].phase is Phase.FINISHED:
+        heapq.heappop(heap)
+    return heap[0][2] if heap else None

@@ -12,9 +12,11 @@ from frontend.outputs import CompletionOutput, Logprob, RequestMetrics, RequestO
 from protocol.errors import (
     ConfigError,
     EngineError,
+    EngineOverloadedError,
     EngineUnavailableError,
     InvalidRequestError,
     RequestFailedError,
+    RequestTimeoutError,
 )
 from protocol.sampling import SamplingParams
 from protocol.structured_outputs import StructuredOutputsParams
@@ -26,12 +28,14 @@ __all__ = [
     "CompletionOutput",
     "ConfigError",
     "EngineError",
+    "EngineOverloadedError",
     "EngineUnavailableError",
     "InvalidRequestError",
     "Logprob",
     "RequestFailedError",
     "RequestMetrics",
     "RequestOutput",
+    "RequestTimeoutError",
     "SamplingParams",
     "StreamChunk",
     "StructuredOutputsParams",

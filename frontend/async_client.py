@@ -15,6 +15,7 @@ from typing import Any, Self
 import zmq
 from tqdm import tqdm
 
+from frontend.client_batch import Batch
 from frontend.client_request import (
     ClientRequest,
     Conversation,
@@ -43,6 +44,7 @@ from protocol.messages import (
     Hello,
     Outputs,
     Prompt,
+    Received,
     Refused,
     Started,
     Stats,
@@ -54,6 +56,8 @@ from protocol.sampling import SamplingParams
 from protocol.transport import MAX_MESSAGE_BYTES, AsyncChannel, DisconnectWatch, encode, open_socket
 
 HEARTBEAT_S = 5.0
+# How many bytes a client takes before it says so: a quarter of the least that --max-stream-buffer can be.
+RECEIVED_EVERY_BYTES = 16 * 1024
 # How often a client looks whether the engine is still there.
 LOOK_S = 0.5
 
@@ -74,6 +78,7 @@ class AsyncClient:
         self._queries: dict[int, asyncio.Future[Stats]] = {}
         self._channel: AsyncChannel | None = None
         self._gone: str | None = None
+        self._num_bytes_confirmed = 0
 
     # --- connection -----------------------------------------------------------------------------------------------
 
@@ -164,6 +169,10 @@ class AsyncClient:
     # --- messages ---------------------------------------------------------------------------------------------------
 
     def _on_message(self, _: bytes, message: Any) -> None:
+        channel = self._channel
+        if channel is not None and channel.num_bytes_received - self._num_bytes_confirmed > RECEIVED_EVERY_BYTES:
+            self._num_bytes_confirmed = channel.num_bytes_received
+            channel.send(Received(channel.num_bytes_received))
         if isinstance(message, Outputs):
             self._on_outputs(message)
         elif isinstance(message, Started):
@@ -277,6 +286,7 @@ class AsyncClient:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Answers prompts, all at once, with a progress bar; results are in the order of the prompts.
 
@@ -285,14 +295,21 @@ class AsyncClient:
             sampling_params: for all prompts, or one for each; the default is `SamplingParams()`.
             priority: lower goes first; equal ones in order of arrival.
             cache_salt: requests share cached prefixes only with requests of the same salt.
+            timeout: seconds that each request gets from its arrival at the engine, time in the queue included.
 
         Raises:
             InvalidRequestError: a request cannot be served; the others are aborted.
             EngineUnavailableError: the engine went away.
+            EngineOverloadedError: more waits already than the engine allows, all of it from other calls. What is too
+                much because of this call is sent later.
+            RequestTimeoutError: a request was not finished in time.
             RequestFailedError: the engine could not finish a request.
         """
         return await self._run(
-            as_prompts(prompts), sampling_params, use_tqdm, {"priority": priority, "cache_salt": cache_salt}
+            as_prompts(prompts),
+            sampling_params,
+            use_tqdm,
+            {"priority": priority, "cache_salt": cache_salt, "timeout": timeout},
         )
 
     async def chat(
@@ -305,11 +322,14 @@ class AsyncClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, rendered with the model's chat template. Otherwise as `generate`."""
         conversations = as_conversations(messages)
         prompts: list[Prompt] = [as_chat_prompt(each, tools, chat_template_kwargs) for each in conversations]
-        return await self._run(prompts, sampling_params, use_tqdm, {"priority": priority, "cache_salt": cache_salt})
+        return await self._run(
+            prompts, sampling_params, use_tqdm, {"priority": priority, "cache_salt": cache_salt, "timeout": timeout}
+        )
 
     async def stream(
         self,
@@ -320,6 +340,7 @@ class AsyncClient:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        timeout: float | None = None,
     ) -> AsyncIterator[StreamChunk]:
         """Answers one prompt or conversation piece by piece. Leaving the iteration early aborts the request.
 
@@ -334,7 +355,7 @@ class AsyncClient:
                 if value is not None:
                     raise InvalidRequestError(f"{name} can only go with a conversation, not with a prompt", name)
             wire = as_prompt(prompt)  # type: ignore[arg-type]
-        options = {"priority": priority, "cache_salt": cache_salt}
+        options = {"priority": priority, "cache_salt": cache_salt, "timeout": timeout}
         running = self._submit(wire, params_for_each(sampling_params, 1)[0], True, options)
         try:
             while running:
@@ -396,28 +417,29 @@ class AsyncClient:
         options: Mapping[str, Any],
     ) -> list[RequestOutput]:
         params = params_for_each(sampling_params, len(prompts))
-        choices: list[list[ClientRequest]] = []  # by prompt
-        requests: list[ClientRequest] = []
+        check_options(**options)
+        jobs = [(i, choice) for i, each in enumerate(params) for choice in range(each.n)]
+
+        def send(job: int) -> ClientRequest:
+            prompt, choice = jobs[job]
+            return self._submit_choice(prompts[prompt], params[prompt], choice, False, options)
+
+        self._connected()
+        batch = Batch(len(jobs), self.engine.max_waiting, send)
         num_tokens = 0
         start = time.perf_counter()
         try:
-            for prompt, each in zip(prompts, params, strict=True):
-                choices.append(self._submit(prompt, each, False, options))
-                requests += choices[-1]
-                for request in choices[-1]:
-                    request.siblings = requests
-            # In order of arrival, which is about the order of finishing; what finished earlier is counted at once.
-            with tqdm(total=len(requests), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                for request in requests:
-                    while not request.is_over:
-                        await request.wait()
-                    if request.error is not None:
-                        raise request.error
-                    num_tokens += len(request.token_ids)
+            batch.send_some()
+            with tqdm(total=len(jobs), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                for _ in jobs:
+                    num_tokens += len((await batch.next_ended()).token_ids)
                     bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tok/s", refresh=False)
                     bar.update()
-            return [first.output(others) for first, *others in choices]
         finally:
-            self._abort([request.request_id for request in requests])
-            for request in requests:
-                request.siblings = ()
+            self._abort(batch.running)
+        answers: list[list[ClientRequest]] = [[] for _ in prompts]
+        for (prompt, _), request in zip(jobs, batch.requests, strict=True):
+            assert request is not None
+            request.batch = None
+            answers[prompt].append(request)
+        return [first.output(others) for first, *others in answers]

@@ -100,10 +100,13 @@ class Client:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """See `AsyncClient.generate`."""
         return self._wait(
-            self._async.generate(prompts, sampling_params, use_tqdm, priority=priority, cache_salt=cache_salt)
+            self._async.generate(
+                prompts, sampling_params, use_tqdm, priority=priority, cache_salt=cache_salt, timeout=timeout
+            )
         )
 
     def chat(
@@ -116,6 +119,7 @@ class Client:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        timeout: float | None = None,
     ) -> list[RequestOutput]:
         """See `AsyncClient.chat`."""
         return self._wait(
@@ -127,6 +131,7 @@ class Client:
                 chat_template_kwargs=chat_template_kwargs,
                 priority=priority,
                 cache_salt=cache_salt,
+                timeout=timeout,
             )
         )
 
@@ -139,6 +144,7 @@ class Client:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        timeout: float | None = None,
     ) -> Iterator[StreamChunk]:
         """See `AsyncClient.stream`. Leaving the loop early aborts the request."""
         chunks = self._async.stream(
@@ -148,6 +154,7 @@ class Client:
             chat_template_kwargs=chat_template_kwargs,
             priority=priority,
             cache_salt=cache_salt,
+            timeout=timeout,
         )
         try:
             while True:

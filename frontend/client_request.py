@@ -6,9 +6,11 @@ Also turns what users pass as prompts and sampling parameters into what the prot
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
+from frontend.failures import error_of
 from frontend.outputs import (
     CompletionOutput,
     PositionLogprobs,
@@ -17,10 +19,13 @@ from frontend.outputs import (
     StreamChunk,
     position_logprobs,
 )
-from protocol.errors import EngineError, EngineUnavailableError, InvalidRequestError, RequestFailedError
+from protocol.errors import EngineError, InvalidRequestError
 from protocol.logprobs import TokenLogprob, TokenLogprobs, unpack_logprobs
 from protocol.messages import ChatPrompt, Failed, Finished, Prompt, TextPrompt, TokenPrompt, pack_ints
 from protocol.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from frontend.client_batch import Batch
 
 PromptInput: TypeAlias = "str | Sequence[int] | Mapping[str, Any]"
 Conversation: TypeAlias = "Sequence[Mapping[str, Any]]"
@@ -30,6 +35,7 @@ class ClientRequest:
     """One request in flight, which is one answer. Used from the client's event loop only."""
 
     __slots__ = (
+        "batch",
         "error",
         "finished",
         "index",
@@ -40,7 +46,6 @@ class ClientRequest:
         "prompt_logprobs",
         "prompt_token_ids",
         "request_id",
-        "siblings",
         "taken",
         "text_parts",
         "token_ids",
@@ -69,7 +74,7 @@ class ClientRequest:
         self.finished: Finished | None = None
         self.error: EngineError | None = None
         self.metrics = RequestMetrics(arrival_time)
-        self.siblings: Sequence[ClientRequest] = ()  # the requests of the same call, which fails with the first of them
+        self.batch: Batch | None = None  # is told of its end in place of a waiter
         self.taken = 0  # tokens that a stream has handed out
         self.waiter: asyncio.Future[None] | None = None
         self.waits_for_end = False  # whoever waits need not be woken for tokens
@@ -79,7 +84,10 @@ class ClientRequest:
         return self.finished is not None or self.error is not None
 
     def wake(self) -> None:
-        if self.waiter is not None and not self.waiter.done():
+        if self.batch is not None:
+            if self.is_over:
+                self.batch.put(self)
+        elif self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
     async def wait(self) -> None:
@@ -87,19 +95,9 @@ class ClientRequest:
         await wait_for_any([self])
 
     def fail(self, failed: Failed) -> None:
-        """Ends this request and its siblings with the error, and wakes who waits for one of them."""
-        if self.error is not None:
-            return
-        if failed.kind == "invalid_request":
-            self.error = InvalidRequestError(failed.message, failed.param)
-        elif failed.kind == "unavailable":
-            self.error = EngineUnavailableError(failed.message)
-        else:
-            self.error = RequestFailedError(failed.message)
+        """Ends this request with the error, and wakes who waits for it."""
+        self.error = error_of(failed)
         self.wake()
-        for sibling in self.siblings:
-            sibling.error = self.error
-            sibling.wake()
 
     def take_chunk(self) -> StreamChunk:
         """What is new since the last chunk."""
@@ -281,7 +279,7 @@ def params_for_each(params: SamplingParams | Sequence[SamplingParams] | None, co
     return list(params)
 
 
-def check_options(priority: object = 0, cache_salt: object = None) -> None:
+def check_options(priority: object = 0, cache_salt: object = None, timeout: object = None) -> None:
     """The types of what goes with a request. A message with wrong ones would not be understood by the engine.
 
     Raises:
@@ -291,3 +289,9 @@ def check_options(priority: object = 0, cache_salt: object = None) -> None:
         raise InvalidRequestError.out_of_range("priority", priority, "a signed 32-bit integer")
     if cache_salt is not None and not isinstance(cache_salt, str):
         raise InvalidRequestError.out_of_range("cache_salt", cache_salt, "a string")
+    if timeout is not None and (not _is_number(timeout) or not 0 < timeout < math.inf):
+        raise InvalidRequestError.out_of_range("timeout", timeout, "a positive number of seconds")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

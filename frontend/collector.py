@@ -6,10 +6,16 @@ A response that cannot be written as fast as tokens come finds several of them i
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections.abc import Callable
 
+from frontend.failures import error_of
 from frontend.requests import RunningRequest
-from protocol.errors import EngineUnavailableError, InvalidRequestError, RequestFailedError
 from protocol.messages import Failed, Finished
+
+# What a token that waits takes in memory, about, and what each of its log-probabilities does.
+_TOKEN_BYTES = 64
+_LOGPROB_BYTES = 64
 
 
 class Choice:
@@ -33,15 +39,25 @@ class Choice:
 class Collector:
     """The sink of one HTTP response, whose choice `i` is the request with tag `i`.
 
+    What waits to be taken is counted in bytes, and `on_overflow` called once if it becomes too much while what was
+    taken before cannot be sent. Much that comes at once is not the client's fault.
+
     Attributes:
         num_unfinished: choices that have not been taken with their end.
         client_left: nobody is there to answer any more.
     """
 
-    def __init__(self, num_choices: int) -> None:
+    def __init__(
+        self, num_choices: int, max_bytes: int = sys.maxsize, on_overflow: Callable[[], None] | None = None
+    ) -> None:
+        """`max_bytes` bounds what waits of each choice that streams."""
         self.choices = [Choice(index) for index in range(num_choices)]
         self.num_unfinished = num_choices
         self.client_left = False
+        self._max_bytes = max_bytes * num_choices
+        self._is_sending = False
+        self._on_overflow = on_overflow
+        self._num_bytes = 0
         self._new: list[Choice] = []
         self._failed: Failed | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -52,6 +68,13 @@ class Collector:
         if text:
             choice.text_parts.append(text)
         self._mark(choice)
+        self._num_bytes += _TOKEN_BYTES + len(text)
+        if request.logprobs:
+            self._num_bytes += _LOGPROB_BYTES * len(request.logprobs[-1].top_ids)
+        if self._num_bytes > self._max_bytes and self._is_sending and not self.client_left:
+            self.client_left = True
+            if self._on_overflow is not None:
+                self._on_overflow()
 
     def finish(self, request: RunningRequest, text: str, finished: Finished) -> None:
         choice = self.choices[request.tag]
@@ -79,8 +102,9 @@ class Collector:
         Empty if the client has left.
 
         Raises:
-            InvalidRequestError, EngineUnavailableError, RequestFailedError: one of the requests failed.
+            EngineError: one of the requests failed.
         """
+        self._is_sending = False
         while not (self._new or self._failed or self.client_left):
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
@@ -88,7 +112,7 @@ class Collector:
             return []
         if not self._new:
             assert self._failed is not None
-            raise _error(self._failed)
+            raise error_of(self._failed)
         taken = []
         for choice in self._new:
             taken.append((choice, "".join(choice.text_parts), choice.token_ids))
@@ -97,17 +121,11 @@ class Collector:
                 choice.finished = choice.ending
                 self.num_unfinished -= 1
         self._new = []
+        self._num_bytes = 0
+        self._is_sending = True
         return taken
 
     def _mark(self, choice: Choice) -> None:
         if not choice.is_new:
             choice.is_new = True
             self._new.append(choice)
-
-
-def _error(failed: Failed) -> Exception:
-    if failed.kind == "invalid_request":
-        return InvalidRequestError(failed.message, failed.param)
-    if failed.kind == "unavailable":
-        return EngineUnavailableError(failed.message)
-    return RequestFailedError(failed.message)

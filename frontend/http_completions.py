@@ -6,6 +6,7 @@ Whatever ends an exchange early, an error, a client that leaves or a server that
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from abc import ABC, abstractmethod
 from typing import Any
@@ -14,7 +15,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from frontend.answers import AnswerOptions, ChatAnswer, ParsedChatAnswer, TextAnswer
+from frontend.client_identity import http_client
 from frontend.collector import Collector
+from frontend.deadlines import time_limit
 from frontend.generation_config import SamplingDefaults
 from frontend.http_errors import require_model
 from frontend.http_exchange import exchange_of
@@ -34,9 +37,12 @@ from frontend.service import Service
 from frontend.structured_output import read_response_format, read_structured_outputs
 from frontend.token_options import check_logprobs_of_all
 from frontend.tool_choice import Tools, read_tools
+from protocol.config import parse_size
 from protocol.errors import InvalidRequestError
 from protocol.messages import ChatPrompt, Prompt, TextPrompt
 from protocol.structured_outputs import StructuredOutputsParams
+
+logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 # The OpenAI API's for plain completions; a chat answer may fill the context.
@@ -51,6 +57,7 @@ class Endpoint(ABC):
     def __init__(self, service: Service, defaults: SamplingDefaults) -> None:
         self._service = service
         self._defaults = defaults
+        self._max_stream_buffer = parse_size(service.config.options.max_stream_buffer, "--max-stream-buffer")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.require_ready()
@@ -68,24 +75,36 @@ class Endpoint(ABC):
         _require_few(len(prompts), params.n)
         wanted, wanted_by = self._structured_outputs(fields)
         tools = self._tools(fields)
-        token_ids = [await self._token_ids(prompt, params.truncate_prompt_tokens) for prompt in prompts]
-        if limit is not None and limit_name is not None:
-            for ids in token_ids:
-                self._service.prompts.require_room(limit, ids, limit_name)
-        fitting = [self._service.prompts.fit_max_tokens(params, ids) for ids in token_ids]
-        with renamed(names):
-            check_logprobs_of_all(fitting, token_ids, self._service.engine.vocab_size)
-        grammars = [
-            await self._service.grammars.of_answer(wanted, prompt, ids, tools, wanted_by)
-            for prompt, ids in zip(prompts, token_ids, strict=True)
-        ]
-        self._service.require_ready()
+        timeout = self._service.timeout_of(fields.timeout)
+        client = http_client(scope, has_keys=bool(self._service.config.options.api_key))
+        num_requests = len(prompts) * params.n
 
-        collector = Collector(len(token_ids) * params.n)
+        def abort_slow_client() -> None:
+            logger.warning(
+                "a client does not read its stream, and more waits for it than --max-stream-buffer allows: "
+                "aborting its %d requests",
+                num_requests,
+            )
+            exchange_of(scope).abort()
+
+        collector = Collector(num_requests, self._max_stream_buffer, abort_slow_client)
         watcher = asyncio.get_running_loop().create_task(_watch(receive, collector))
         requests: list[RunningRequest] = []
         try:
-            with renamed(names):
+            with self._service.admission.reserve(num_requests, len(body)), renamed(names):
+                async with time_limit(arrived, timeout):
+                    token_ids = [await self._token_ids(prompt, params.truncate_prompt_tokens) for prompt in prompts]
+                    if limit is not None and limit_name is not None:
+                        for ids in token_ids:
+                            self._service.prompts.require_room(limit, ids, limit_name)
+                    fitting = [self._service.prompts.fit_max_tokens(params, ids) for ids in token_ids]
+                    check_logprobs_of_all(fitting, token_ids, self._service.engine.vocab_size)
+                    grammars = [
+                        await self._service.grammars.of_answer(wanted, prompt, ids, tools, wanted_by)
+                        for prompt, ids in zip(prompts, token_ids, strict=True)
+                    ]
+                self._service.require_ready()
+                self._service.admission.require_tokens(sum(map(len, token_ids)) * params.n)
                 for ids, own_params, grammar in zip(token_ids, fitting, grammars, strict=True):
                     for choice in range(params.n):
                         requests.append(
@@ -99,6 +118,8 @@ class Endpoint(ABC):
                                 cache_salt=fields.cache_salt,
                                 arrival_time=arrived,
                                 grammar=grammar,
+                                timeout=timeout,
+                                client=client,
                             )
                         )
             answer = self._answer(fields, prompts, token_ids)
@@ -109,7 +130,8 @@ class Endpoint(ABC):
         finally:
             watcher.cancel()
             self._service.requests.abort(requests)
-            exchange_of(scope).count_tokens(requests)
+            if requests:
+                exchange_of(scope).count_tokens(requests)
 
     @abstractmethod
     def _decode(self, body: bytes) -> tuple[Any, list[Prompt | list[int]]]:

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +27,8 @@ _LONGEST_PATH = 256
 # What the log says where the client left before there was a status, as other servers do.
 _CLIENT_LEFT = 499
 _SCOPE_KEY = "mini_vllm.exchange"
+# Where the server puts what ends the connection of a request.
+ABORT_KEY = "mini_vllm.abort"
 
 access_logger = logging.getLogger("frontend.access")
 
@@ -41,12 +43,17 @@ class Exchange:
             wraps `send`, all of them to see or change the start alone, and a stream has an event for every token.
     """
 
-    def __init__(self, request_id: str, send_body: Send) -> None:
+    def __init__(self, request_id: str, send_body: Send, abort: Callable[[], None]) -> None:
         self.request_id = request_id
         self.send_body = send_body
+        self._abort = abort
         self.status: int | None = None
         self._started = time.perf_counter()
         self._num_tokens: dict[str, int] = {}
+
+    def abort(self) -> None:
+        """Ends the connection where it is: what the client has not read is dropped."""
+        self._abort()
 
     def count_tokens(self, requests: Sequence[RunningRequest]) -> None:
         """Notes what the requests behind this exchange took and gave, for the log."""
@@ -87,7 +94,8 @@ class ExchangeMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
         is_sound = given is not None and _REQUEST_ID.fullmatch(given) is not None
-        exchange = Exchange(given.decode() if given is not None and is_sound else uuid.uuid4().hex, send)
+        request_id = given.decode() if given is not None and is_sound else uuid.uuid4().hex
+        exchange = Exchange(request_id, send, scope[ABORT_KEY])
         scope[_SCOPE_KEY] = exchange
         # The server gives every request a task of its own, and the variable goes with it.
         current_request_id.set(exchange.request_id)

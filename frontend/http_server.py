@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from frontend.http_exchange import ABORT_KEY
 from protocol.errors import ConfigError
 
 _BACKLOG = 2048
@@ -64,11 +66,19 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Connection(HttpToolsProtocol):
+    """A connection whose requests can end it at once, without waiting for a client that does not read."""
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope[ABORT_KEY] = self.transport.abort  # type: ignore[literal-required]
+
+
 class HttpServer:
     def __init__(self, app: Any, listener: socket.socket) -> None:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=_Connection,
             ws="none",
             lifespan="off",
             access_log=False,

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import time
+from collections import deque
 from typing import Any
 
 import msgspec
 import zmq
 
+from frontend.admission import Reservation
+from frontend.client_identity import ipc_client
+from frontend.deadlines import time_limit
+from frontend.failures import failed_of
 from frontend.prompts import RenderedPrompt, is_long
 from frontend.requests import RunningRequest
 from frontend.service import Service
-from protocol.errors import ConfigError, EngineUnavailableError, InvalidRequestError
+from protocol.config import parse_size
+from protocol.errors import ConfigError, EngineError
 from protocol.logprobs import PromptLogprobs, TokenLogprob, pack_logprobs
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -30,6 +37,7 @@ from protocol.messages import (
     Hello,
     Malformed,
     Outputs,
+    Received,
     Refused,
     Started,
     Stats,
@@ -37,7 +45,7 @@ from protocol.messages import (
     Welcome,
     pack_ints,
 )
-from protocol.transport import AsyncChannel, open_socket
+from protocol.transport import AsyncChannel, encode, open_socket
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +53,7 @@ logger = logging.getLogger(__name__)
 _MISSED_HEARTBEATS = 3
 _WATCH_INTERVAL_S = 0.5
 _MIN_HEARTBEAT_S, _MAX_HEARTBEAT_S = 0.1, 3600.0
+_TOO_SLOW = "does not read its answers, and more waits for it than --max-stream-buffer allows"
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -53,9 +62,12 @@ class ClientConnection:
 
     def __init__(self, server: IpcServer, identity: bytes, heartbeat_s: float, now: float) -> None:
         self.identity = identity
+        self.number = ipc_client(identity)
         self.heartbeat_s = heartbeat_s
         self.last_heard = now
         self.requests: dict[int, RunningRequest] = {}
+        self._num_bytes_sent = self._num_bytes_taken = 0
+        self._ends_sent: deque[int] = deque()  # how much had been sent at each end that has not been taken
         self.encoding: dict[int, asyncio.Task[None]] = {}
         self._server = server
         self._request_ids: list[int] = []
@@ -92,12 +104,27 @@ class ClientConnection:
 
     def ended(self, finished: Finished) -> None:
         self._finished.append(finished)
+        self._ends_sent.append(self._num_bytes_sent + 1)
 
     def fail(self, request: RunningRequest, failed: Failed) -> None:
         self.requests.pop(request.tag, None)
         # What came before the failure goes first.
         self.flush()
         self._server.send(self, failed)
+
+    def count_sent(self, num_bytes: int) -> None:
+        self._num_bytes_sent += num_bytes
+
+    def on_received(self, num_bytes: int) -> None:
+        """The client says how much it has taken of what was sent."""
+        self._num_bytes_taken = min(num_bytes, self._num_bytes_sent)
+        while self._ends_sent and self._ends_sent[0] <= self._num_bytes_taken:
+            self._ends_sent.popleft()
+
+    def is_too_slow(self, most_bytes: int) -> bool:
+        """Whether more waits for it than `most_bytes` for each request whose output it has not taken in full."""
+        waiting = self._num_bytes_sent - self._num_bytes_taken
+        return waiting > most_bytes and waiting > most_bytes * (len(self.requests) + len(self._ends_sent))
 
     def flush(self) -> None:
         """Sends what has gathered since the last time, as one message."""
@@ -125,6 +152,7 @@ class IpcServer:
         self._loop = asyncio.get_running_loop()
         self._clients: dict[bytes, ClientConnection] = {}
         self._ready = False
+        self._max_stream_buffer = parse_size(service.config.options.max_stream_buffer, "--max-stream-buffer")
         try:
             socket = open_socket(context, zmq.ROUTER, bind=address)
         except zmq.ZMQError as error:
@@ -140,8 +168,18 @@ class IpcServer:
             self._welcome(client)
 
     def send(self, client: ClientConnection, message: Any) -> None:
-        """Sends to a client; one that cannot be sent to is gone, and its requests with it."""
-        if not self._channel.send(message, client.identity) and self._is_here(client):
+        """Sends to a client; one that cannot be sent to is gone, and its requests with it.
+
+        So is one that does not read what it was sent, once that is too much to keep for it.
+        """
+        if client.is_too_slow(self._max_stream_buffer):
+            if self._is_here(client):
+                self._channel.send(Refused(f"this client {_TOO_SLOW}: its requests were aborted"), client.identity)
+                self._drop(client, _TOO_SLOW)
+            return
+        frame = encode(message)
+        client.count_sent(len(frame))
+        if not self._channel.send_frame(frame, client.identity) and self._is_here(client):
             self._drop(client, "cannot be reached")
 
     def _is_here(self, client: ClientConnection) -> bool:
@@ -170,6 +208,8 @@ class IpcServer:
             self._on_abort(client, message)
         elif isinstance(message, GetStats):
             self._on_get_stats(client, message.query_id)
+        elif isinstance(message, Received):
+            client.on_received(message.num_bytes)
         else:
             assert isinstance(message, Heartbeat)
 
@@ -211,30 +251,42 @@ class IpcServer:
             return
         try:
             self._service.require_ready()
-            rendered = self._service.prompts.render(generate.prompt)
-            if is_long(rendered) or generate.params.structured_outputs is not None:
-                task = self._loop.create_task(self._encode_and_submit(client, generate, rendered))
-                client.encoding[request_id] = task
-            else:
-                truncate = generate.params.truncate_prompt_tokens
-                self._submit(client, generate, self._service.prompts.encode(rendered, truncate))
-        except (InvalidRequestError, EngineUnavailableError) as error:
+            self._service.timeout_of(generate.timeout)
+            with self._service.admission.reserve(1):
+                rendered = self._service.prompts.render(generate.prompt)
+                if not is_long(rendered) and generate.params.structured_outputs is None:
+                    truncate = generate.params.truncate_prompt_tokens
+                    self._submit(client, generate, self._service.prompts.encode(rendered, truncate))
+                    return
+            num_bytes = sys.getsizeof(rendered.text) if isinstance(rendered, RenderedPrompt) else 0
+            place = self._service.admission.reserve(1, num_bytes)
+            task = self._loop.create_task(self._encode_and_submit(client, generate, rendered, place))
+            # Not by the task itself, which may be cancelled before it begins.
+            task.add_done_callback(lambda _: place.release())
+            client.encoding[request_id] = task
+        except EngineError as error:
             self._fail(client, request_id, error)
 
     async def _encode_and_submit(
-        self, client: ClientConnection, generate: Generate, rendered: RenderedPrompt | list[int]
+        self,
+        client: ClientConnection,
+        generate: Generate,
+        rendered: RenderedPrompt | list[int],
+        place: Reservation,
     ) -> None:
         arrived = time.perf_counter()
         try:
-            truncate = generate.params.truncate_prompt_tokens
-            token_ids = await self._service.prompts.encode_in_thread(rendered, truncate)
-            grammar = await self._service.grammars.of_answer(
-                generate.params.structured_outputs, generate.prompt, token_ids
-            )
+            async with time_limit(arrived, self._service.timeout_of(generate.timeout)):
+                truncate = generate.params.truncate_prompt_tokens
+                token_ids = await self._service.prompts.encode_in_thread(rendered, truncate)
+                grammar = await self._service.grammars.of_answer(
+                    generate.params.structured_outputs, generate.prompt, token_ids
+                )
             self._service.require_ready()
             if self._is_here(client):
                 self._submit(client, generate, token_ids, arrived, grammar)
-        except (InvalidRequestError, EngineUnavailableError) as error:
+                place.release()
+        except EngineError as error:
             self._fail(client, generate.request_id, error)
         finally:
             # After an abort the id may already belong to another request.
@@ -250,6 +302,7 @@ class IpcServer:
         grammar: str | None = None,
     ) -> None:
         params = self._service.prompts.fit_max_tokens(generate.params, token_ids)
+        self._service.admission.require_tokens(len(token_ids))
         request = self._service.requests.submit(
             token_ids,
             params,
@@ -260,18 +313,15 @@ class IpcServer:
             cache_salt=generate.cache_salt,
             arrival_time=arrived,
             grammar=grammar,
+            timeout=self._service.timeout_of(generate.timeout),
+            client=client.number,
         )
         client.requests[generate.request_id] = request
         if not isinstance(generate.prompt, TokenPrompt) or params.truncate_prompt_tokens is not None:
             self.send(client, Started(generate.request_id, pack_ints(token_ids)))
 
-    def _fail(
-        self, client: ClientConnection, request_id: int, error: InvalidRequestError | EngineUnavailableError
-    ) -> None:
-        if isinstance(error, InvalidRequestError):
-            self.send(client, Failed(request_id, "invalid_request", error.message, error.param))
-        else:
-            self.send(client, Failed(request_id, "unavailable", str(error)))
+    def _fail(self, client: ClientConnection, request_id: int, error: EngineError) -> None:
+        self.send(client, failed_of(request_id, error))
 
     def _on_abort(self, client: ClientConnection, abort: Abort) -> None:
         """Ends requests where they are. Each is answered, so that whoever waits for one is not left waiting."""

@@ -65,6 +65,7 @@ class RequestFields(Struct, kw_only=True, forbid_unknown_fields=True):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     structured_outputs: dict[str, Any] | None = None
+    timeout: float | None = None
 
     def logprobs_wanted(self) -> tuple[int | None, int | None]:
         """How many alternatives are wanted for each token of the answer and of the prompt; None asks for nothing."""

@@ -15,7 +15,10 @@ from typing import Protocol
 
 import msgspec
 
+from frontend.admission import Admission
 from frontend.core_link import CoreLink
+from frontend.deadlines import seconds_left, timeout_error
+from frontend.failures import failed_of
 from frontend.metrics import RequestMetrics
 from frontend.text_output import TextOutput
 from frontend.token_options import bad_word_ids, check_token_options
@@ -63,6 +66,7 @@ class RunningRequest:
         text_parts: the text so far of a request that has stop strings and does not stream.
         message: what the core was sent.
         arrival_time, last_token_time: of `time.perf_counter()`.
+        timer: ends it when its time is over, if that is bounded.
     """
 
     __slots__ = (
@@ -79,6 +83,7 @@ class RunningRequest:
         "tag",
         "text",
         "text_parts",
+        "timer",
         "token_ids",
         "wants_text",
     )
@@ -106,6 +111,7 @@ class RunningRequest:
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.wants_text = params.detokenize and tokenizer is not None
+        self.timer: asyncio.TimerHandle | None = None
         self.text: TextOutput | None = None
         self.text_parts: list[str] = []
         if tokenizer is not None and params.detokenize and (stream or params.stop):
@@ -139,8 +145,16 @@ class RunningRequest:
 class RequestTable:
     """All running requests of this frontend."""
 
-    def __init__(self, core: CoreLink, tokenizer: Tokenizer | None, vocab_size: int, metrics: RequestMetrics) -> None:
+    def __init__(
+        self,
+        core: CoreLink,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        metrics: RequestMetrics,
+        admission: Admission,
+    ) -> None:
         self._core = core
+        self._admission = admission
         self._vocab_size = vocab_size
         self._tokenizer = tokenizer
         self._metrics = metrics
@@ -167,12 +181,15 @@ class RequestTable:
         cache_salt: str | None = None,
         arrival_time: float | None = None,
         grammar: str | None = None,
+        timeout: float | None = None,
+        client: int = 0,
     ) -> RunningRequest:
         """Hands a checked request to the core. Each of several choices is one: see `SamplingParams.choice`.
 
         `grammar` is that of the parameters' structured outputs, see `AnswerGrammars`.
 
-        It arrived at `arrival_time`, if it was not just now.
+        It arrived at `arrival_time`, if it was not just now, and fails `timeout` seconds after that. `client` is as in
+        `AddRequest`.
 
         Raises:
             InvalidRequestError: a field that only this place can check is wrong.
@@ -200,12 +217,17 @@ class RequestTable:
         seed = random.getrandbits(63) if params.seed is None else params.seed
         core_params = msgspec.structs.replace(params, seed=seed, stop=(), bad_words=(), structured_outputs=None)
         prompt = pack_ints(prompt_token_ids)
-        message = AddRequest(next(self._core_ids), prompt, core_params, priority, cache_salt, bad_words, grammar)
+        core_id = next(self._core_ids)
+        message = AddRequest(core_id, prompt, core_params, priority, cache_salt, bad_words, grammar, client=client)
         request = RunningRequest(message, prompt_token_ids, params, sink, tag, stream, self._tokenizer, arrived)
         # While the core is being replaced, requests wait here for `replay`.
         if not self._core.send(message) and not self._core.is_lost:
             raise EngineUnavailableError("the engine core does not take requests at the moment")
         self._running[request.core_id] = request
+        self._admission.begin(len(prompt_token_ids))
+        if timeout is not None:
+            loop = asyncio.get_running_loop()
+            request.timer = loop.call_later(seconds_left(arrived, timeout), self._expire, request, timeout)
         self._idle.clear()
         return request
 
@@ -238,6 +260,14 @@ class RequestTable:
         for request in requests:
             self._finish(request, Finished(request.core_id, "abort"))
         self._flush({request.sink for request in requests})
+
+    def _expire(self, request: RunningRequest, timeout: float) -> None:
+        """Fails a request whose time is over."""
+        if self._forget(request):
+            self._count_end(request, "error")
+            self._abort_in_core([request.core_id])
+            request.sink.fail(request, failed_of(request.tag, timeout_error(timeout)))
+            request.sink.flush()
 
     def fail_all(self, message: str) -> None:
         """Ends every request with an error: the engine is gone."""
@@ -273,6 +303,7 @@ class RequestTable:
                 earlier_tokens.append(request.last_token_time)
             else:
                 self._metrics.time_to_first_token.observe(now - request.arrival_time)
+                self._admission.end(len(request.prompt_token_ids), is_answered=True)
             request.last_token_time = now
             request.token_ids.append(token_id)
             if request.params.logprobs is not None:
@@ -335,6 +366,10 @@ class RequestTable:
         """Whether the request was still running."""
         if self._running.pop(request.core_id, None) is None:
             return False
+        if request.timer is not None:
+            request.timer.cancel()
+        if not request.token_ids:
+            self._admission.end(len(request.prompt_token_ids), is_answered=False)
         if not self._running:
             self._idle.set()
         return True

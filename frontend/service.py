@@ -13,8 +13,10 @@ from typing import Any, Literal
 import msgspec
 import zmq
 
+from frontend.admission import Admission, AdmissionLimits
 from frontend.answer_parser import AnswerFormat, answer_format
 from frontend.core_link import CoreLink
+from frontend.deadlines import timeout_of
 from frontend.generation_config import load_sampling_defaults
 from frontend.metrics import RequestMetrics
 from frontend.prompts import Prompts
@@ -65,6 +67,7 @@ class Service:
         self.metrics = RequestMetrics(config.max_model_len)
         self._why_unavailable: str | None = None
         self._epoch = config.epoch  # which the last loss began
+        self.admission = Admission(AdmissionLimits.of(config.options))
         self.core = CoreLink(context, config.core_address(config.epoch), self)
         # Two threads, so that one very long text does not hold up all others.
         self._executor = deep_thread_pool(2, "tokenizer")
@@ -84,11 +87,12 @@ class Service:
             model=self.config.model_name,
             has_tokenizer=self.tokenizer is not None,
             sampling_defaults=msgspec.structs.asdict(self.sampling_defaults),
+            max_waiting=self.config.options.max_waiting or None,
         )
         self.answer_format = answer_format(self.config.options, self.tokenizer)
         self.prompts = Prompts(self.tokenizer, self.engine, self._executor)
         self.grammars = AnswerGrammars(self.tokenizer, self.answer_format, self._executor)
-        self.requests = RequestTable(self.core, self.tokenizer, self.engine.vocab_size, self.metrics)
+        self.requests = RequestTable(self.core, self.tokenizer, self.engine.vocab_size, self.metrics, self.admission)
         self.state = "ready"
 
     async def _load_tokenizer(self) -> Tokenizer | None:
@@ -109,6 +113,10 @@ class Service:
         """Raises EngineUnavailableError, with the reason, if no request can be taken now, not even to wait."""
         if self.state not in ("ready", "recovering"):
             raise EngineUnavailableError(str(self.unavailable_reason))
+
+    def timeout_of(self, given: float | None) -> float | None:
+        """The seconds that a request gets which asks for these. Raises InvalidRequestError for what is no time."""
+        return timeout_of(given, self.config.options.request_timeout)
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests, lets the running ones finish for so long, and ends the rest where they are."""

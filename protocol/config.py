@@ -25,6 +25,8 @@ PositiveInt = Annotated[int, Meta(ge=1)]
 
 # Read by the launcher beside its flags, since a command line is seen by every user of the machine.
 API_KEY_VARIABLE = "MINI_VLLM_API_KEY"
+# Python clients say what they have taken when it has become a quarter of this.
+MIN_STREAM_BUFFER = 64 * 1024
 # Options whose value no message may show.
 _SECRETS = ("api_key",)
 
@@ -64,6 +66,9 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         None, "longest sequence, prompt and answer; default: the model's, bounded by the cache"
     )
     max_num_seqs: PositiveInt = _option(256, "most sequences running at once")
+    max_client_share: Annotated[float, Meta(gt=0, le=1)] = _option(
+        0.5, "share of the KV cache from which on a client is passed over while others wait for blocks; 1: no cap"
+    )
     max_num_batched_tokens: PositiveInt = _option(
         8192, "token budget of a step; longer prompts are prefilled in chunks"
     )
@@ -83,6 +88,21 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     )
     enforce_eager: bool = _option(False, "run without CUDA graphs")
     num_threads: PositiveInt | None = _option(None, "threads of the worker on a CPU; default: the CPUs it may use")
+    max_waiting: Annotated[int, Meta(ge=0)] = _option(
+        4096, "most requests that wait for their first token; more are answered 429; 0: no limit"
+    )
+    max_waiting_tokens: Annotated[int, Meta(ge=0)] = _option(
+        8388608, "most prompt tokens of requests that wait; 0: no limit"
+    )
+    max_waiting_bytes: str = _option(
+        "256MiB", "most bytes of prompts that wait to be tokenized, such as 64MiB; 0: no limit"
+    )
+    max_stream_buffer: str = _option(
+        "4MiB", "most bytes that a stream's client may leave unread before its request is aborted, such as 512KiB"
+    )
+    request_timeout: Annotated[float, Meta(ge=0)] = _option(
+        0.0, "seconds in which a request must be finished that has no timeout of its own; 0: any time"
+    )
     shutdown_timeout: Annotated[float, Meta(ge=0)] = _option(
         5.0, "seconds that running requests get to finish when the engine is stopped"
     )
@@ -185,6 +205,9 @@ def make_options(values: Mapping[str, Any]) -> EngineOptions:
     if options.block_size is not None and options.block_size & (options.block_size - 1):
         raise ConfigError(f"--block-size must be a power of two, got {options.block_size}")
     parse_size(options.kv_cache_memory)
+    parse_size(options.max_waiting_bytes, "--max-waiting-bytes", zero_is_none=True)
+    if parse_size(options.max_stream_buffer, "--max-stream-buffer") < MIN_STREAM_BUFFER:
+        raise ConfigError(f"--max-stream-buffer must be at least 64KiB, got {options.max_stream_buffer}")
     parse_steps(options.profile_steps)
     _check_http_options(options)
     return options
@@ -281,8 +304,8 @@ def option_flags(options: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `512MiB`, `4GiB`, `2GB` or a plain number.
+def parse_size(text: str, flag: str = "--kv-cache-memory", *, zero_is_none: bool = False) -> int:
+    """Bytes of a size such as `512MiB`, `4GiB`, `2GB` or a plain number. 0 is one only where it means no limit.
 
     Raises:
         ConfigError: the text is no size.
@@ -293,9 +316,9 @@ def parse_size(text: str) -> int:
     try:
         size = int(float(number) * units[unit])
     except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"--kv-cache-memory must be a size such as 512MiB or 4GiB, got {text!r}") from None
-    if size <= 0:
-        raise ConfigError(f"--kv-cache-memory must be positive, got {text!r}")
+        raise ConfigError(f"{flag} must be a size such as 512MiB or 4GiB, got {text!r}") from None
+    if size < 0 or (size == 0 and not zero_is_none):
+        raise ConfigError(f"{flag} must be positive, got {text!r}")
     return size
 
 

@@ -38,5 +38,29 @@ class EngineUnavailableError(EngineError, ConnectionError):
     """No engine answers at the address, or the engine went away while a request was running."""
 
 
+class EngineOverloadedError(EngineError, RuntimeError):
+    """More waits already than the engine lets wait: the request was not taken.
+
+    Attributes:
+        retry_after: seconds after which it may be, by what the engine has seen lately.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RequestTimeoutError(EngineError, TimeoutError):
+    """The request was not finished in the time that it had.
+
+    Attributes:
+        param: the field that says how long that is.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 class RequestFailedError(EngineError, RuntimeError):
     """The engine accepted a request and could not finish it."""

@@ -3,7 +3,8 @@
 Messages are msgspec Structs, tagged by class name and encoded as msgpack arrays. Integer arrays travel as raw
 little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a copy: see `protocol/arrays.py`.
 
-    Python client ⇄ frontend     Hello Generate Abort Heartbeat GetStats | Welcome Refused Started Outputs Failed Stats
+    Python client ⇄ frontend     Hello Generate Abort Heartbeat Received GetStats
+                                 | Welcome Refused Started Outputs Failed Stats
     frontend ⇄ core              CoreHello AddRequest AbortRequests GetStats | CoreReady StepOutputs Failed Stats
     core ⇄ worker                Step StepMasks Shutdown | WorkerReady StepResult
     launcher ⇄ any process       ProcessLost EngineFailed Ping | Progress ProcessReady ProcessFailed ProcessStuck
@@ -72,7 +73,8 @@ class Stats(Message, frozen=True):
 class EngineInfo(Struct, array_like=True, frozen=True):
     """What a peer must know of the engine before it sends a request.
 
-    `sampling_defaults` are the values, by name, that the model recommends; the frontend adds them.
+    `sampling_defaults` are the values, by name, that the model recommends, and `max_waiting` the most requests that may
+    wait, if there is a limit; the frontend adds both.
     """
 
     model: str
@@ -82,6 +84,7 @@ class EngineInfo(Struct, array_like=True, frozen=True):
     num_blocks: int
     has_tokenizer: bool = True
     sampling_defaults: dict[str, Any] = msgspec.field(default_factory=dict)
+    max_waiting: int | None = None
 
 
 # --- Python client ⇄ frontend ---------------------------------------------------------------------------------------
@@ -130,7 +133,8 @@ Prompt = TextPrompt | TokenPrompt | ChatPrompt
 class Generate(Message, frozen=True):
     """One request of a client. `request_id` is the client's own.
 
-    Without `stream`, tokens and text come back when the request ends, in one `Outputs`.
+    Without `stream`, tokens and text come back when the request ends, in one `Outputs`. `timeout` is in seconds, from
+    arrival to end.
     """
 
     request_id: int
@@ -139,6 +143,7 @@ class Generate(Message, frozen=True):
     stream: bool = True
     priority: int = 0
     cache_salt: str | None = None
+    timeout: float | None = None
 
 
 class Abort(Message, frozen=True):
@@ -147,6 +152,12 @@ class Abort(Message, frozen=True):
 
 class Heartbeat(Message, frozen=True):
     pass
+
+
+class Received(Message, frozen=True):
+    """Client → frontend, now and then: how many bytes of messages it has taken in all. What waits for it is bounded."""
+
+    num_bytes: Count
 
 
 class Started(Message, frozen=True):
@@ -191,11 +202,13 @@ class Outputs(HotMessage, frozen=True):
         require_same_count(self, ("request_ids", 8), ("token_ids", 4))
 
 
-ErrorKind = Literal["invalid_request", "unavailable", "failed"]
+ErrorKind = Literal["invalid_request", "unavailable", "failed", "overloaded", "timeout"]
 
 
 class Failed(Message, frozen=True):
     """Core → frontend → client: the request was refused or could not be finished. `param` names the field at fault.
+
+    `retry_after` are the seconds after which a request that was refused as "overloaded" may be taken.
 
     Also the answer to a `GetStats` that cannot be answered, with the query's id.
     """
@@ -204,9 +217,10 @@ class Failed(Message, frozen=True):
     kind: ErrorKind
     message: str
     param: str | None = None
+    retry_after: float | None = None
 
 
-ClientMessage = Hello | Generate | Abort | Heartbeat | GetStats
+ClientMessage = Hello | Generate | Abort | Heartbeat | Received | GetStats
 FrontendMessage = Welcome | Refused | Started | Outputs | Failed | Stats
 
 # --- frontend ⇄ core ------------------------------------------------------------------------------------------------
@@ -229,7 +243,8 @@ class AddRequest(Message, frozen=True):
 
     `bad_words` are the token sequences of the words that must not be generated: the core knows no text. `grammar` is
     what the answer must be, in llguidance's form. `generated_token_ids` are there already if another core, which is
-    gone, has begun the answer.
+    gone, has begun the answer. `client` says whose request it is, for the cap on what one may hold: a number that is
+    the same for all requests of a client of that frontend.
     """
 
     request_id: int
@@ -240,6 +255,7 @@ class AddRequest(Message, frozen=True):
     bad_words: list[Int32Array] = []
     grammar: str | None = None
     generated_token_ids: Int32Array = b""
+    client: int = 0
 
     def __post_init__(self) -> None:
         require_whole(self, ("prompt_token_ids", "generated_token_ids"), 4)

@@ -81,12 +81,16 @@ class Channel:
     """A blocking connection: sends messages, receives messages of one union.
 
     With a ROUTER socket every call carries the peer's identity; otherwise the identity is b"".
+
+    Attributes:
+        num_bytes_received: of all messages, as far as they have been taken.
     """
 
     def __init__(self, socket: zmq.Socket, receives: Any) -> None:
         self.socket = socket
         self._routed = socket.getsockopt(zmq.TYPE) == zmq.ROUTER
         self._decode = Decoder(receives)
+        self.num_bytes_received = 0
 
     def send(self, message: msgspec.Struct, identity: bytes = b"") -> bool:
         """Queues a message. Returns False when the peer is gone or its queue is full: nothing is lost unseen."""
@@ -118,6 +122,7 @@ class Channel:
         identity = frames[0] if self._routed else b""
         if len(frames) != expected:
             return identity, Malformed(reason=f"a message of {len(frames)} frames, expected {expected}")
+        self.num_bytes_received += len(frames[-1])
         return identity, self._decode(frames[-1])
 
     def close(self) -> None:

@@ -114,8 +114,10 @@ class Engine:
             self.measured[request_id] = {}
         if options.get("logprobs") is not None:
             self.wants_logprobs.add(request_id)
-        self.messages[request_id] = AddRequest(request_id, pack_ints(prompt), SamplingParams(**options), priority, salt)
-        self.scheduler.add(0, self.messages[request_id])
+        client = options.pop("client", 0)
+        message = AddRequest(request_id, pack_ints(prompt), SamplingParams(**options), priority, salt, client=client)
+        self.messages[request_id] = message
+        self.scheduler.add(0, message)
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(0, [request_id])
@@ -574,12 +576,27 @@ class RandomOperations(RuleBasedStateMachine):
         budget=st.sampled_from([6, 17, 64]),
         max_seconds=st.sampled_from([None, 0.01, 0.05]),
         min_chunk=st.sampled_from([1, 8]),
+        max_client_share=st.sampled_from([0.1, 0.5, 1.0]),
     )
-    def start(self, depth: int, num_blocks: int, budget: int, max_seconds: float | None, min_chunk: int) -> None:
+    def start(
+        self,
+        depth: int,
+        num_blocks: int,
+        budget: int,
+        max_seconds: float | None,
+        min_chunk: int,
+        max_client_share: float,
+    ) -> None:
         model = None
         if max_seconds is not None:
             model = RecordingStepTimeModel(max_seconds, RelativeCosts(pair=0.05, cached_token=0.02), min_chunk)
-        scheduler = make_scheduler(model, num_blocks=num_blocks, max_num_seqs=6, max_num_batched_tokens=budget)
+        scheduler = make_scheduler(
+            model,
+            num_blocks=num_blocks,
+            max_num_seqs=6,
+            max_num_batched_tokens=budget,
+            max_client_share=max_client_share,
+        )
         self.engine = Engine(scheduler, depth, self.next_token)
         self.engine.step_seconds = self.step_seconds
         self.pace = 1.0
@@ -596,16 +613,17 @@ class RandomOperations(RuleBasedStateMachine):
         length=st.integers(1, 50),
         max_tokens=st.integers(1, 60),
         priority=st.integers(0, 2),
+        client=st.integers(0, 2),
         logprobs=st.none() | st.just(0),
         prompt_logprobs=st.none() | st.just(0),
         broken=st.integers(0, 9).map(lambda n: n == 0),
     )
-    def add(self, seed: int, length: int, max_tokens: int, priority: int, broken: bool, **logprobs: int | None) -> None:
+    def add(self, seed: int, length: int, max_tokens: int, broken: bool, **options: int | None) -> None:
         request_id = len(self.prompts)
         self.prompts[request_id] = (prompt_of(seed, length), max_tokens)
         if broken:
             self.nan_seeds.add(request_id)
-        self.engine.add(request_id, prompt_of(seed, length), max_tokens=max_tokens, priority=priority, **logprobs)
+        self.engine.add(request_id, prompt_of(seed, length), max_tokens=max_tokens, **options)
 
     def step_seconds(self, work: StepWork) -> float:
         return self.pace * (5e-3 * bool(work.context) + 1e-4 * work.context + 1e-3 * work.tokens + 5e-5 * work.pairs)
@@ -674,6 +692,7 @@ class RandomOperations(RuleBasedStateMachine):
         assert scheduler.table.num_free == scheduler.config.max_num_seqs
         assert scheduler.stats().num_running == scheduler.stats().num_waiting == 0
         assert not np.any([request is not None for request in scheduler.table.requests])
+        assert not scheduler._shares._num_requests
         for request_id, (prompt, max_tokens) in self.prompts.items():
             expected = expected_tokens(request_id, prompt, max_tokens)
             got = engine.tokens[request_id]

@@ -10,7 +10,7 @@ from protocol.messages import Finished
 
 async def test_an_end_is_seen_with_the_take_that_has_its_text_and_not_before() -> None:
     collector = Collector(1)
-    request = SimpleNamespace(tag=0, stream=True)
+    request = SimpleNamespace(tag=0, stream=True, logprobs=[])
     collector.add(request, 7, "half")  # type: ignore[arg-type]
     ((choice, text, token_ids),) = await collector.take()
     # While a writer pauses with what it has taken, the request ends.

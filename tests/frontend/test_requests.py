@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zmq
 
+from frontend.admission import Admission, AdmissionLimits
 from frontend.metrics import RequestMetrics
 from frontend.requests import RequestTable, RunningRequest
 from frontend.service import Service
@@ -480,7 +481,7 @@ class _Counter:
 
 
 async def test_rows_without_text_cost_about_a_microsecond() -> None:
-    table = RequestTable(_NoLink(), None, 640, RequestMetrics(MAX_MODEL_LEN))  # type: ignore[arg-type]
+    table = RequestTable(_NoLink(), None, 640, RequestMetrics(MAX_MODEL_LEN), Admission(AdmissionLimits(0, 0, 0)))  # type: ignore[arg-type]
     sink = _Counter()
     params = SamplingParams(max_tokens=1000, detokenize=False)
     ids = [table.submit([1], params, sink, tag, stream=True).core_id for tag in range(512)]
