@@ -103,7 +103,7 @@ class Endpoint(ABC):
                         )
             answer = self._answer(fields, prompts, token_ids)
             if fields.stream:
-                await self._send_stream(EventStream(scope, send), answer, collector, requests)
+                await self._send_stream(EventStream(send, exchange_of(scope).send_body), answer, collector, requests)
             else:
                 await self._send_whole(send, answer, collector, requests)
         finally:
