@@ -6,7 +6,7 @@ Knows how answers are asked for what they look like, not what that is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Generator
+from collections.abc import Generator
 from typing import Any, Protocol
 
 import msgspec
@@ -40,7 +40,7 @@ class EventStream:
         """`send_body` may be the server's own, past all that only looks at how a response starts."""
         self._send_start = send_start
         self._send_body = send_body
-        self._unsent: _Started | None = None
+        self._unsent: _Rest | None = None
 
     async def begin(self) -> None:
         await self._send_start({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
@@ -49,10 +49,14 @@ class EventStream:
         """Sends from outside of the response's task. Returns False if the connection takes no more for now: then these
         are on their way, and before anything else a `send` has to wait for them."""
         assert self._unsent is None
-        sending = _Started(self._send_body({"type": "http.response.body", "body": b"".join(events), "more_body": True}))
-        if sending.waits:
-            self._unsent = sending
-        return not sending.waits
+        body = events[0] if len(events) == 1 else b"".join(events)
+        sending = self._send_body({"type": "http.response.body", "body": body, "more_body": True}).__await__()
+        try:
+            waits_for = next(sending)
+        except StopIteration:
+            return True
+        self._unsent = _Rest(sending, waits_for)
+        return False
 
     async def send(self, events: list[bytes]) -> None:
         await self._finish_sending()
@@ -69,32 +73,23 @@ class EventStream:
             self._unsent = None
 
 
-class _Started:
-    """A coroutine that has been run up to where it waits for something. A task can await the rest of it.
+class _Rest:
+    """What is left of a coroutine that has been run, outside of any task, up to where it waits for something.
 
     What `asyncio.Task(eager_start=True)` is for, of later versions of Python, without a task where none is needed.
-
-    Attributes:
-        waits: there is a rest.
     """
 
-    __slots__ = ("_coroutine", "_waits_for", "waits")
-
-    def __init__(self, awaitable: Awaitable[None]) -> None:
-        self._coroutine = awaitable.__await__()
-        try:
-            self._waits_for = next(self._coroutine)
-            self.waits = True
-        except StopIteration:
-            self.waits = False
+    def __init__(self, sending: Generator[Any, None, None], waits_for: Any) -> None:
+        self._sending = sending
+        self._waits_for = waits_for
 
     def __await__(self) -> Generator[Any, None, None]:
         try:
             yield self._waits_for
         except BaseException as error:
-            self._coroutine.throw(error)
+            self._sending.throw(error)
             raise
-        yield from self._coroutine
+        yield from self._sending
 
 
 async def gather(
