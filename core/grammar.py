@@ -5,6 +5,7 @@ Works on token ids and on the model's tokenizer.json, by way of llguidance. Know
 
 from __future__ import annotations
 
+import json
 import queue
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ _NUM_THREADS = 2
 # Compiled grammars that are kept for requests to come. Most take well under a megabyte.
 _MOST_KEPT = 128
 _SILENT = 0
+_NO_OPTIONS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 RequestKey = tuple[int, int]
 
@@ -46,6 +48,22 @@ class GrammarState:
     def is_complete(self) -> bool:
         """Nothing but an end-of-sequence token can follow."""
         return self.matcher.is_stopped()
+
+
+def _with_missing_tokens(file: Path, settings: Path) -> str:
+    """A tokenizer.json with the tokens added that only tokenizer_config.json has: they are no text either."""
+    text = file.read_text(encoding="utf-8")
+    added = json.loads(settings.read_text(encoding="utf-8")).get("added_tokens_decoder") if settings.is_file() else None
+    if not added:
+        return text
+    tokenizer = json.loads(text)
+    tokens = {token["id"]: token for token in tokenizer.setdefault("added_tokens", [])}
+    for written_id, token in added.items():
+        is_known_as_special = tokens.get(int(written_id), {}).get("special", False)
+        if not is_known_as_special:
+            tokens[int(written_id)] = _NO_OPTIONS | token | {"id": int(written_id)}
+    tokenizer["added_tokens"] = [tokens[token_id] for token_id in sorted(tokens)]
+    return json.dumps(tokenizer)
 
 
 class Grammars:
@@ -118,6 +136,8 @@ class Grammars:
                 if file is None:
                     raise ValueError("the engine runs without a tokenizer, which a grammar needs")
                 self._vocabulary = LLTokenizer(
-                    file.read_text(encoding="utf-8"), n_vocab=self._vocab_size, eos_token=self._eos_token_ids or None
+                    _with_missing_tokens(file, self._files[0].with_name("tokenizer_config.json")),
+                    n_vocab=self._vocab_size,
+                    eos_token=self._eos_token_ids or None,
                 )
             return self._vocabulary

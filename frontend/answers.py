@@ -82,6 +82,10 @@ class _Answer:
         """Whether a stream has to hand over tokens that make no text yet."""
         return self.with_token_ids or self.logprobs is not None
 
+    def is_plain(self, index: int) -> bool:
+        """Whether from here on all that chunks of a choice say before its end is new text, as it comes."""
+        return not (self.sees_every_token or self.options.continuous_usage or self.is_prompt_only)
+
     @property
     def has_logprobs(self) -> bool:
         return self.logprobs is not None or self.options.prompt_logprobs is not None
@@ -208,6 +212,9 @@ class ParsedChatAnswer(ChatAnswer):
             choice.finish_reason = "tool_calls"
         return chunk
 
+    def is_plain(self, index: int) -> bool:
+        return super().is_plain(index) and self._parsers.get(index, self) is None
+
     def _sorted(self, parts: Sequence[Part]) -> tuple[str, str, list[CallDelta]]:
         """Said text, thoughts if they are wanted, and calls, with one delta for each."""
         said = "".join([part for part in parts if isinstance(part, str)])
@@ -287,6 +294,9 @@ class TextAnswer(_Answer):
         chunk = self._chunk([])
         chunk.usage = usage
         return chunk
+
+    def is_plain(self, index: int) -> bool:
+        return super().is_plain(index) and (self._echo is None or index in self._echoed)
 
     def _with_echo(self, index: int, text: str) -> str:
         """The prompt in front of the first text of a choice."""

@@ -1,6 +1,7 @@
 """Gathers what the requests behind one HTTP response produce, and wakes the coroutine that waits for it.
 
-A response that cannot be written as fast as tokens come finds several of them in one take.
+A stream can have its outputs passed on as each step brings them, without waking anybody. A response that cannot be
+written as fast as tokens come finds several of them in one take.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ class Choice:
         self.is_new = False
 
 
+# A choice with its new text and token ids.
+Output = tuple[Choice, str, list[int]]
+# Takes a stream's outputs at once. False: it has them, but could not write them all.
+PassOn = Callable[[list[Output]], bool]
+
+
 class Collector:
     """The sink of one HTTP response, whose choice `i` is the request with tag `i`.
 
@@ -59,8 +66,11 @@ class Collector:
         self._on_overflow = on_overflow
         self._num_bytes = 0
         self._new: list[Choice] = []
+        self._num_without_end = num_choices
         self._failed: Failed | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._pass_on: PassOn | None = None
+        self._error: Exception | None = None
 
     def add(self, request: RunningRequest, token_id: int, text: str) -> None:
         choice = self.choices[request.tag]
@@ -82,24 +92,36 @@ class Collector:
             choice.token_ids = request.token_ids
         choice.text_parts.append(text)
         choice.ending = finished
+        self._num_without_end -= 1
         self._mark(choice)
 
     def fail(self, request: RunningRequest, failed: Failed) -> None:
         self._failed = failed
 
     def flush(self) -> None:
+        # The end of a response is its coroutine's to write, and so is an error.
+        if self._pass_on is not None and self._new and self._num_without_end and self._failed is None:
+            try:
+                if self._pass_on(self._take_new()):
+                    self._is_sending = False
+                    return
+            except Exception as error:
+                self._error = error
+        self._pass_on = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def leave(self) -> None:
         """The client has disconnected."""
         self.client_left = True
+        self._pass_on = None
         self.flush()
 
-    async def take(self) -> list[tuple[Choice, str, list[int]]]:
-        """Waits for something new and returns it: choices with their new text and token ids.
+    async def take(self, pass_on: PassOn | None = None) -> list[Output]:
+        """Waits for something new and returns it.
 
-        Empty if the client has left.
+        With `pass_on`, what steps bring while this waits goes there, until that has enough, or the end comes, or an
+        error: what has come since then is returned. Empty if the client has left, or if nothing has come.
 
         Raises:
             EngineError: one of the requests failed.
@@ -107,12 +129,22 @@ class Collector:
         self._is_sending = False
         while not (self._new or self._failed or self.client_left):
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            self._pass_on = pass_on
+            try:
+                await self._waiter
+            finally:
+                self._pass_on = None
+            if self._error is not None:
+                raise self._error
+            if pass_on is not None:
+                break
         if self.client_left:
             return []
-        if not self._new:
-            assert self._failed is not None
+        if self._failed is not None and not self._new:
             raise error_of(self._failed)
+        return self._take_new()
+
+    def _take_new(self) -> list[Output]:
         taken = []
         for choice in self._new:
             taken.append((choice, "".join(choice.text_parts), choice.token_ids))

@@ -124,14 +124,14 @@ class Endpoint(ABC):
                         )
             answer = self._answer(fields, prompts, token_ids)
             if fields.stream:
-                await self._send_stream(EventStream(scope, send), answer, collector, requests)
+                await self._send_stream(EventStream(send, exchange_of(scope).send_body), answer, collector, requests)
             else:
                 await self._send_whole(send, answer, collector, requests)
         finally:
             watcher.cancel()
             self._service.requests.abort(requests)
             if requests:
-                exchange_of(scope).count_tokens(requests)
+                exchange_of(scope).count_tokens(requests, params.n)
 
     @abstractmethod
     def _decode(self, body: bytes) -> tuple[Any, list[Prompt | list[int]]]:
@@ -236,6 +236,8 @@ class CompletionEndpoint(Endpoint):
 
     def _decode(self, body: bytes) -> tuple[CompletionFields, list[Prompt | list[int]]]:
         fields: CompletionFields = COMPLETION_REQUEST.decode(body)
+        if _is_prompt_only(fields) and fields.min_tokens:
+            raise InvalidRequestError.out_of_range("min_tokens", fields.min_tokens, "at most max_tokens, which is 0")
         return fields, [TextPrompt(item) if isinstance(item, str) else item for item in fields.prompts()]
 
     def _max_tokens(self, fields: CompletionFields) -> tuple[int | None, str | None]:

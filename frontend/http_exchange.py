@@ -55,10 +55,10 @@ class Exchange:
         """Ends the connection where it is: what the client has not read is dropped."""
         self._abort()
 
-    def count_tokens(self, requests: Sequence[RunningRequest]) -> None:
-        """Notes what the requests behind this exchange took and gave, for the log."""
+    def count_tokens(self, requests: Sequence[RunningRequest], num_choices: int) -> None:
+        """Notes what the requests behind this exchange took and gave, for the log. So many answer each prompt."""
         self._num_tokens = {
-            "prompt_tokens": sum(len(request.prompt_token_ids) for request in requests),
+            "prompt_tokens": sum(len(request.prompt_token_ids) for request in requests[::num_choices]),
             "completion_tokens": sum(len(request.token_ids) for request in requests),
         }
 

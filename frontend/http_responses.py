@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 
 import msgspec
 from starlette.requests import Request
@@ -11,10 +12,10 @@ from starlette.responses import Response
 from starlette.types import Send
 
 from frontend.answer_parser import AnswerParser
-from frontend.collector import Collector
+from frontend.collector import Collector, Output
 from frontend.generation_config import SamplingDefaults
 from frontend.http_completions import Endpoint
-from frontend.http_sending import EventStream, gather, send_json, usage_of
+from frontend.http_sending import EventStream, gather, send_json, stream_outputs, usage_of
 from frontend.requests import RunningRequest
 from frontend.response_store import ResponseStore, RunningResponse, StoredResponse
 from frontend.responses_answer import ResponseAnswer
@@ -47,6 +48,33 @@ class _Answer(ResponseAnswer):
     def __init__(self, body: ResponseBody, parser: AnswerParser | None, conversation: list[Message]) -> None:
         super().__init__(body, parser)
         self.conversation = conversation
+
+
+class _ResponseEvents:
+    """The stream of a response."""
+
+    def __init__(self, answer: _Answer, collector: Collector, usage: Callable[[], ResponseUsage]) -> None:
+        self._answer = answer
+        self._collector = collector
+        self._usage = usage
+
+    def begin(self) -> list[bytes]:
+        return self._answer.begin()
+
+    def feed(self, outputs: list[Output]) -> list[bytes]:
+        events = []
+        for choice, text, _ in outputs:
+            if text or choice.finished is not None:
+                events += self._answer.feed(text, choice.finished is not None)
+        return events
+
+    def end(self) -> list[bytes]:
+        (choice,) = self._collector.choices
+        assert choice.finished is not None
+        return self._answer.end(choice.finished.reason, self._usage())
+
+    def fail(self, error: EngineError) -> list[bytes]:
+        return self._answer.fail(str(error))
 
 
 class ResponsesEndpoint(Endpoint):
@@ -142,30 +170,10 @@ class ResponsesEndpoint(Endpoint):
     ) -> None:
         self._begin(answer, requests)
         try:
-            # Nothing is sent before there is output, so that a request that fails at once gets a status that says so.
-            outputs = await collector.take()
-            if not outputs:
+            writer = _ResponseEvents(answer, collector, lambda: self._usage(answer, collector, requests))
+            events = await stream_outputs(stream, collector, writer)
+            if events is None:
                 return
-            await stream.begin()
-            events = answer.begin()
-            try:
-                while True:
-                    for choice, text, _ in outputs:
-                        if text or choice.finished is not None:
-                            events += answer.feed(text, choice.finished is not None)
-                    if not collector.num_unfinished:
-                        break
-                    if events:
-                        await stream.send(events)
-                        events = []
-                    outputs = await collector.take()
-                    if not outputs:
-                        return
-                (choice,) = collector.choices
-                assert choice.finished is not None
-                events += answer.end(choice.finished.reason, self._usage(answer, collector, requests))
-            except EngineError as error:
-                events += answer.fail(str(error))
             self._keep(answer, _encode(answer.body))
         finally:
             self._store.end(answer.body.id, None)

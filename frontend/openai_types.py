@@ -238,7 +238,9 @@ def sampling_params(request: RequestFields, defaults: SamplingDefaults, max_toke
     given = msgspec.structs.asdict(defaults)
     given.update((name, value) for name in _SAMPLING_FIELDS if (value := getattr(request, name)) is not None)
     given["logprobs"], given["prompt_logprobs"] = request.logprobs_wanted()
-    return SamplingParams(max_tokens=max_tokens, **given)
+    if max_tokens is not None:
+        given["max_tokens"] = max_tokens
+    return SamplingParams(**given)
 
 
 @contextmanager

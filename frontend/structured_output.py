@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Container, Mapping, Sequence
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import lru_cache
 from typing import Any
@@ -27,6 +28,8 @@ TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 _FORMAT_FIELDS = ("name", "description", "schema", "strict")
 # Checked grammars that are remembered, so that a schema which many requests share is checked once.
 _MOST_REMEMBERED = 256
+# Places of unsupported keywords that an error names.
+_MOST_POINTERS = 5
 
 
 class AnswerGrammars:
@@ -93,6 +96,7 @@ class AnswerGrammars:
                 raise InvalidRequestError(f"{part} is too large: {len(text)} characters of JSON", part)
             problem = _problem(text)
             if problem:
+                problem += _where(problem, one.get("json_schema"))
                 raise InvalidRequestError(f"{part} cannot be followed: {problem}", part)
         grammar = answer_grammar(wanted, thinking, tools, self._tokens)
         problem = _problem(grammar)
@@ -105,6 +109,40 @@ class AnswerGrammars:
 def _problem(grammar: str) -> str:
     """What llguidance finds wrong with a grammar; "" if nothing."""
     return LLMatcher.validate_grammar(grammar).strip()
+
+
+_UNSUPPORTED = re.compile(r"Unimplemented keys: (\[.*\])")
+# Keywords whose values are schemas by name, and those whose values are no schemas.
+_NAMED_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_VALUES = ("const", "enum", "default", "examples")
+
+
+def _where(problem: str, schema: Any) -> str:
+    """Where in a schema the keywords stand that are not supported, as JSON pointers; "" if the problem is another."""
+    match = _UNSUPPORTED.search(problem)
+    keywords = set(json.loads(match[1])) if match else set()
+    found = [pointer for pointer in _pointers(schema, "") if pointer.rpartition("/")[2] in keywords]
+    return f" (at {', '.join(found[:_MOST_POINTERS])})" if found else ""
+
+
+def _pointers(schema: Any, base: str) -> Iterator[str]:
+    """The JSON pointers (RFC 6901) of all keywords of a schema and of the schemas in it."""
+    if isinstance(schema, list):
+        for index, item in enumerate(schema):
+            yield from _pointers(item, f"{base}/{index}")
+    elif isinstance(schema, dict):
+        for keyword, value in schema.items():
+            here = f"{base}/{_escaped(keyword)}"
+            yield here
+            if keyword in _NAMED_SCHEMAS and isinstance(value, dict):
+                for name, nested in value.items():
+                    yield from _pointers(nested, f"{here}/{_escaped(name)}")
+            elif keyword not in _VALUES:
+                yield from _pointers(value, here)
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 def answer_grammar(

@@ -141,7 +141,10 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, An
     """Adds tokens that only tokenizer_config.json knows, as transformers does."""
     added = settings.get("added_tokens_decoder") or {}
     for token_id, token in sorted(added.items(), key=lambda item: int(item[0])):
-        if backend.token_to_id(token["content"]) is None and int(token_id) == backend.get_vocab_size():
+        known = backend.token_to_id(token["content"])
+        is_next = known is None and int(token_id) == backend.get_vocab_size()
+        # One that the vocabulary has, but not as a token apart from the text, becomes one under its own id.
+        if is_next or (known == int(token_id) and token.get("special", False)):
             options = {name: token[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in token}
             backend.add_tokens(
                 [tokenizers.AddedToken(token["content"], special=token.get("special", False), **options)]

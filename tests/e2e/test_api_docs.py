@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import promql_parser
 import pytest
 
 from tests.e2e.conftest import ROOT, RunningEngine
@@ -83,6 +84,21 @@ def test_the_dashboard_asks_for_metrics_that_are_served(engine: RunningEngine) -
     cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
     assert len(cells) == len(set(cells))
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_every_panel_of_the_dashboard_asks_in_promql() -> None:
+    dashboard = json.loads((DOCS / "grafana.json").read_text())
+    variables = {f"${variable['name']}": "x" for variable in dashboard["templating"]["list"]}
+    for panel in dashboard["panels"]:
+        assert panel["targets"]
+        for target in panel["targets"]:
+            text = target["expr"].replace("$__rate_interval", "1m").replace("$__interval", "1m")
+            for name, value in variables.items():
+                text = text.replace(name, value)
+            assert "$" not in text
+            promql_parser.parse(text)
+    with pytest.raises(ValueError, match=r"."):
+        promql_parser.parse("rate(vllm:prompt_tokens_total[)")
 
 
 def test_files_that_the_page_names_exist() -> None:

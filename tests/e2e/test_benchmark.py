@@ -134,3 +134,16 @@ def test_the_core_benchmark_runs() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert "| 4 |" in result.stdout
+
+
+def test_the_masks_benchmark_runs() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.masks", "--rows", "1", "8", "--vocab-size", "4000", "--steps", "5"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "| 1 |" in result.stdout
+    assert "| 8 |" in result.stdout

@@ -109,7 +109,9 @@ def test_a_json_log_is_json_throughout_and_tells_each_request(
     url = engine.wait_for(r'"http": "(http://[^"]+)"')
     headers = {"Authorization": "Bearer sk-hush", "X-Request-Id": "trace-7"}
     with httpx.Client(base_url=url, timeout=60) as http:
-        body = {"prompt": "unmentionable words", "max_tokens": 5, "ignore_eos": True}
+        body = {"prompt": [5, 6, 7], "max_tokens": 5, "ignore_eos": True}
+        assert http.post("/v1/completions", json=body | {"n": 3}, headers=headers).status_code == 200
+        body["prompt"] = "unmentionable words"
         assert http.post("/v1/completions?key=unmentionable", json=body, headers=headers).status_code == 200
         assert http.post("/v1/completions", json=body, headers={"Authorization": "Bearer sk-tried"}).status_code == 401
         bad = {"prompt": "unmentionable words", "temperature": "unmentionable"}
@@ -138,11 +140,14 @@ def test_a_json_log_is_json_throughout_and_tells_each_request(
     path = "/v1/completions"
     assert told == [
         ("POST", path, 200),
+        ("POST", path, 200),
         ("POST", path, 401),
         ("POST", path, 400),
         ("GET", "/no%0Aplace", 404),
         ("POST", path, 200),
     ]
+    several = accesses.pop(0)
+    assert (several["prompt_tokens"], several["completion_tokens"]) == (3, 15)
     assert accesses[0]["request_id"] == "trace-7"
     assert accesses[0]["completion_tokens"] == 5
     assert accesses[0]["prompt_tokens"] > 1

@@ -298,7 +298,7 @@ def test_a_response_that_must_call_calls(ai: OpenAI) -> None:
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
             "response_format",
-            'Unimplemented keys: ["not"]',
+            'Unimplemented keys: ["not"] (at /not)',
         ),
         ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema", "not supported"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one of json, regex, choice, grammar"),

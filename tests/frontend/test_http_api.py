@@ -283,6 +283,7 @@ def test_the_models_own_sampling_values_hold_unless_the_request_says(
         "min_p": 0.05,
         "repetition_penalty": 1.1,
         "eos_token_id": 1,
+        "max_new_tokens": 7,
     }
     (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
     frontend = make_frontend(tmp_path).start()
@@ -292,6 +293,22 @@ def test_the_models_own_sampling_values_hold_unless_the_request_says(
     params = [added.params for added in frontend.core.added]
     got = [(p.temperature, p.top_p, p.top_k, p.min_p, p.repetition_penalty) for p in params]
     assert got == [(0.6, 0.95, 20, 0.05, 1.1), (1.0, 1.0, 0, 0.0, 1.0)]
+    for body in ({}, {"max_tokens": 9}):
+        chat = {"messages": HELLO, "temperature": 0.5, **body}
+        assert httpx.post(f"{frontend.url}/v1/chat/completions", json=chat).status_code == 200
+    # A plain completion that does not say has 16 tokens, as in the OpenAI API.
+    assert [added.params.max_tokens for added in frontend.core.added] == [16, 16, 7, 9]
+
+
+def test_the_first_token_of_an_echo_has_no_logprob_and_the_client_takes_that(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL_NAME, prompt="brown fox", echo=True, logprobs=1, max_tokens=1)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    first, *others = logprobs.token_logprobs
+    assert first is None
+    assert others
+    assert all(isinstance(logprob, float) for logprob in others)
 
 
 def test_models_and_health(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -393,6 +410,11 @@ def test_chat_fields_that_cannot_be_served_are_named(
         ({"prompt": [[]]}, "prompt", "empty"),
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": ["a", 1]}, "prompt", "mixes"),
+        (
+            {"prompt": "a", "echo": True, "max_tokens": 0, "min_tokens": 1},
+            "min_tokens",
+            "max_tokens, which is 0, got 1",
+        ),
         ({"prompt": 5}, "prompt", "got `int`"),
         ({"prompt": [1, VOCAB_SIZE]}, "prompt", f"holds {VOCAB_SIZE} at position 1"),
         ({"prompt": [1, 10**30]}, "prompt", "at position 1"),

@@ -23,6 +23,10 @@ TOOLS: Any = [{"type": "function", "function": {"name": "f", "parameters": {"typ
 FLAT_TOOLS: Any = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
 
 
+# A property whose name is the keyword that it has.
+NOT: dict[str, Any] = {"not": {"not": {}}}
+
+
 def call(arguments: str, name: str = "f") -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
 
@@ -193,9 +197,9 @@ def test_openais_client_puts_a_stream_of_responses_together(client: openai.OpenA
         ({"text": {"format": {"type": "json"}}}, "text.format.type", "got 'json'"),
         ({"text": {"format": 5}}, "text.format", "an object, got 5"),
         (
-            {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"not": {}}}}},
+            {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"items": {"properties": NOT}}}}},
             "text.format",
-            "Unimplemented keys",
+            'Unimplemented keys: ["not"] (at /items/properties/not/not)',
         ),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "got 'low'"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort", "got 'high'"),

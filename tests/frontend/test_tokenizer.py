@@ -227,6 +227,18 @@ def test_tokens_that_only_the_configuration_knows_are_added(tmp_path: Path, mode
     assert tokenizer.decode([size, size + 1]) == "<soft>"
 
 
+def test_tokens_that_only_the_configuration_calls_special_are(tmp_path: Path, model_directory: Path) -> None:
+    plain = make_tokenizer()
+    word = plain.encode("quick").ids[0]
+    added = {str(word): {"content": plain.id_to_token(word), "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tokenizer = Tokenizer.load(tmp_path, model_directory / "tokenizer.json", VOCAB_SIZE)
+    assert tokenizer.decode([word]) == ""
+    assert tokenizer.decode([word], skip_special_tokens=False) == plain.decode([word])
+    detokenizer = tokenizer.detokenizer()
+    assert detokenizer.feed(word) + detokenizer.flush() == ""
+
+
 async def test_a_model_without_any_tokenizer_names_the_flag(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--skip-tokenizer-init"):
         await tokenizer_file(tmp_path, tmp_path)
