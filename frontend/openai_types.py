@@ -162,14 +162,20 @@ _ONLY_COMPLETION: dict[str, tuple[Any, ...]] = {
 
 
 class RequestType:
-    """One kind of request body: the fields that are served, and those that are only tolerated."""
+    """One kind of request body: the fields that are served, and those that are only tolerated.
+
+    Attributes:
+        type: with all of these fields.
+        only: the fields that are not served, with the values that ask for nothing.
+    """
 
     def __init__(self, fields: type[Struct], no_effect: tuple[str, ...], only: dict[str, tuple[Any, ...]]) -> None:
-        self._only = only
+        self.only = only
         tolerated = [(name, Any, None) for name in (*no_effect, *only)]
-        self._decoder = msgspec.json.Decoder(
-            msgspec.defstruct(fields.__name__, tolerated, bases=(fields,), kw_only=True, forbid_unknown_fields=True)
+        self.type: type[Struct] = msgspec.defstruct(
+            fields.__name__, tolerated, bases=(fields,), kw_only=True, forbid_unknown_fields=True
         )
+        self._decoder = msgspec.json.Decoder(self.type)
 
     def decode(self, body: bytes) -> Any:
         """The request.
@@ -183,7 +189,7 @@ class RequestType:
             raise _validation_error(str(error), body) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
-        for name, allowed in self._only.items():
+        for name, allowed in self.only.items():
             value = getattr(request, name)
             if value is not None and not _is_one_of(value, allowed):
                 accepted = " or ".join(msgspec.json.encode(choice).decode() for choice in (*allowed, None))

@@ -105,12 +105,11 @@ class ReasoningText(Struct):
     type: str = "reasoning_text"
 
 
-class ReasoningItem(Struct):
+class ReasoningItem(Struct, tag_field="type", tag="reasoning"):
     id: str
     content: list[ReasoningText]
     status: ItemStatus = "in_progress"
     summary: list[Any] = []
-    type: str = "reasoning"
 
 
 class OutputText(Struct):
@@ -120,21 +119,19 @@ class OutputText(Struct):
     type: str = "output_text"
 
 
-class MessageItem(Struct):
+class MessageItem(Struct, tag_field="type", tag="message"):
     id: str
     content: list[OutputText]
     status: ItemStatus = "in_progress"
     role: str = "assistant"
-    type: str = "message"
 
 
-class FunctionCallItem(Struct):
+class FunctionCallItem(Struct, tag_field="type", tag="function_call"):
     id: str
     call_id: str
     name: str
     arguments: str = ""
     status: ItemStatus = "in_progress"
-    type: str = "function_call"
 
 
 OutputItem = ReasoningItem | MessageItem | FunctionCallItem
