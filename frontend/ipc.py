@@ -211,7 +211,7 @@ class IpcServer:
             return
         try:
             self._service.require_ready()
-            rendered = self._service.prompts.render(generate.prompt)
+            rendered = self._service.prompts.render(generate.prompt, generate.params.truncate_prompt_tokens)
             if is_long(rendered) or generate.params.structured_outputs is not None:
                 task = self._loop.create_task(self._encode_and_submit(client, generate, rendered))
                 client.encoding[request_id] = task
