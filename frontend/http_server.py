@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 
+from frontend.http_protocol import BoundedProtocol, max_connections
 from protocol.errors import ConfigError
 
 _BACKLOG = 2048
@@ -65,10 +66,16 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    def __init__(self, app: Any, listener: socket.socket) -> None:
+    def __init__(self, app: Any, listener: socket.socket, receive_timeout_s: float) -> None:
+        """A request must be there as a whole within `receive_timeout_s`."""
+
+        class Protocol(BoundedProtocol):
+            most_connections = max_connections()
+
+        Protocol.receive_timeout_s = receive_timeout_s
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=Protocol,
             ws="none",
             lifespan="off",
             access_log=False,

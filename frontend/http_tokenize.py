@@ -61,7 +61,7 @@ class _Endpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.require_ready()
-        body = await read_body(scope, receive)
+        body = await read_body(scope, receive, self._service.max_body_bytes)
         if body is None:
             return
         self._service.require_ready()

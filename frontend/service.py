@@ -22,7 +22,7 @@ from frontend.requests import RequestTable
 from frontend.structured_output import AnswerGrammars
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_file import tokenizer_file
-from protocol.config import EngineConfig
+from protocol.config import EngineConfig, parse_size
 from protocol.errors import EngineUnavailableError
 from protocol.messages import EngineInfo, Failed, Stats, StepOutputs
 from protocol.threads import deep_thread_pool
@@ -44,6 +44,7 @@ class Service:
     """The engine as its users see it.
 
     Attributes:
+        max_body_bytes: of an HTTP request.
         state: "starting" until `start` returns; "failed" when the core went away.
         engine: what clients are told of the engine. Like the attributes below it set by `start`.
     """
@@ -58,6 +59,7 @@ class Service:
     def __init__(self, context: zmq.Context, config: EngineConfig) -> None:
         """Raises ConfigError if the model's generation_config.json cannot be used."""
         self.config = config
+        self.max_body_bytes = parse_size(config.options.max_body_size)
         self.sampling_defaults = load_sampling_defaults(Path(config.model_path))
         self.state: State = "starting"
         self.metrics = RequestMetrics(config.max_model_len)

@@ -98,6 +98,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     allowed_headers: tuple[str, ...] = _option(("*",), "HTTP headers that such pages may send")
     allow_credentials: bool = _option(False, "let such pages send cookies and the like")
     access_log: bool = _option(False, "log a line for each HTTP request")
+    max_body_size: str = _option("32MiB", "longest body of an HTTP request")
+    receive_timeout: Annotated[float, Meta(gt=0)] = _option(
+        30.0, "seconds in which an HTTP request must be there, header and body, or its connection is closed"
+    )
     log_level: LogLevel = _option("info", "least severe records that are logged")
     log_format: LogFormat = _option("text", "log lines for people or, as json, for programs")
 
@@ -168,6 +172,7 @@ def make_options(values: Mapping[str, Any]) -> EngineOptions:
     if options.block_size is not None and options.block_size & (options.block_size - 1):
         raise ConfigError(f"--block-size must be a power of two, got {options.block_size}")
     parse_size(options.kv_cache_memory)
+    parse_size(options.max_body_size, "--max-body-size")
     parse_steps(options.profile_steps)
     _check_http_options(options)
     return options
@@ -264,7 +269,7 @@ def option_flags(options: Mapping[str, Any]) -> list[str]:
     return flags
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, flag: str = "--kv-cache-memory") -> int:
     """Bytes of a size such as `512MiB`, `4GiB`, `2GB` or a plain number.
 
     Raises:
@@ -276,9 +281,9 @@ def parse_size(text: str) -> int:
     try:
         size = int(float(number) * units[unit])
     except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"--kv-cache-memory must be a size such as 512MiB or 4GiB, got {text!r}") from None
+        raise ConfigError(f"{flag} must be a size such as 512MiB or 4GiB, got {text!r}") from None
     if size <= 0:
-        raise ConfigError(f"--kv-cache-memory must be positive, got {text!r}")
+        raise ConfigError(f"{flag} must be positive, got {text!r}")
     return size
 
 
