@@ -34,7 +34,7 @@ def load_sampling_defaults(model_path: Path) -> SamplingDefaults:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         given = {name: config[name] for name in SamplingDefaults.__struct_fields__ if config.get(name) is not None}
         SamplingParams(**given)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         reason = error.message if isinstance(error, InvalidRequestError) else error
         raise ConfigError(f"{file} cannot be used: {reason}") from error
     return SamplingDefaults(**given)

@@ -161,7 +161,8 @@ class IpcServer:
         if isinstance(message, Hello):
             self._on_hello(identity, message)
         elif isinstance(message, Malformed):
-            self._refuse(identity, f"message not understood: {message.reason}")
+            # The reason may hold a part of the message, which is not for the log.
+            self._refuse(identity, f"message not understood: {message.reason}", "a message was not understood")
         elif client is None:
             self._refuse(identity, f"{type(message).__name__} from an unknown client: send Hello first")
         elif isinstance(message, Generate):
@@ -173,8 +174,8 @@ class IpcServer:
         else:
             assert isinstance(message, Heartbeat)
 
-    def _refuse(self, identity: bytes, reason: str) -> None:
-        logger.warning("refused a client's message: %s", reason)
+    def _refuse(self, identity: bytes, reason: str, logged: str | None = None) -> None:
+        logger.warning("refused a client's message: %s", logged or reason)
         self._channel.send(Refused(reason), identity)
 
     def _on_hello(self, identity: bytes, hello: Hello) -> None:

@@ -81,8 +81,8 @@ class Prompts:
         most = tokenizer.most_chars(self._max_model_len)
         if most is not None and len(rendered.text) > most:
             raise InvalidRequestError(
-                f"{rendered.param} has {len(rendered.text)} characters, more than the {most} that this model's maximum "
-                f"context length of {self._max_model_len} tokens can stand for",
+                f"{rendered.param} has {len(rendered.text)} characters, which leaves no room for an answer: this "
+                f"model's maximum context length, {self._max_model_len} tokens, holds at most {most} characters",
                 rendered.param,
             )
 

@@ -61,9 +61,16 @@ class Tokenizer:
         except Exception as error:
             # The package raises bare Exception for whatever is wrong with the file.
             raise ConfigError(f"{file} cannot be read: {error}") from error
-        settings = _read_json(model_path / "tokenizer_config.json")
-        _add_missing_tokens(backend, settings)
-        return cls(backend, vocab_size, _load_chat_template(model_path, settings))
+        settings_file = model_path / "tokenizer_config.json"
+        settings = _read_json(settings_file)
+        try:
+            _add_missing_tokens(backend, settings)
+            chat_template = _load_chat_template(model_path, settings)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{settings_file} or a file that belongs to it has a wrong form: {error!r}") from error
+        return cls(backend, vocab_size, chat_template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens around it that the model was trained with, if it was.
@@ -151,7 +158,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(data).__name__}")
