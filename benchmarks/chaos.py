@@ -4,8 +4,8 @@
     python -m benchmarks.chaos --seconds 60
 
 The answers are first taken without faults. Then as many streams as `--streams` are kept running while the worker and
-the core are ended by SIGKILL or stopped by SIGSTOP, some streams are left in the middle, and some clients go. In float32
-on a CPU every other stream must bring exactly the tokens that it brought without faults. The engine must be this
+the core are ended by SIGKILL or stopped by SIGSTOP, some streams are left in the middle, and some clients go. On a CPU,
+in float32, every other stream must bring exactly the tokens that it brought without faults. The engine must be this
 machine's and this user's. Exits with code 1 if a token was lost, repeated or changed, a request failed, or a block did
 not come back.
 """
