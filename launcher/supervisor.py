@@ -211,9 +211,9 @@ class Supervisor:
         child.close()
         if child.name == "core":
             # The sockets that it served on; the new epoch's are others.
-            for kind in ("core", "worker"):
-                for socket in Path(self._config.run_directory).glob(f"{kind}-*.sock"):
-                    socket.unlink()
+            for path in Path(self._config.run_directory).iterdir():
+                if path.name.startswith(("core-", "worker-")) and path.is_socket():
+                    path.unlink()
         self._start(child.name)
         for other in self._children.values():
             if other.name != child.name:

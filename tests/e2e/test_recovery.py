@@ -201,7 +201,7 @@ def test_the_request_that_crashes_the_worker_is_found_and_the_others_go_on(
     start_engine: Start, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULT", fault)
-    flags = ("--port", "0", "--give-up-after", "2", "--step-timeout", "2")
+    flags = ("--port", "0", "--give-up-after", "2", "--step-timeout", "1")
     engine = start_engine(*flags, launcher=FAULTY).wait_until_ready()
     requests = [(prompt, msgspec.structs.replace(params, max_tokens=300)) for prompt, params in make_requests(3)]
     poison = ([1, POISON, POISON, 2], SamplingParams(max_tokens=50, ignore_eos=True))
