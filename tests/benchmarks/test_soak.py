@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak import Allowance, ProcessUse, Snapshot, growth
+from benchmarks.processes import ProcessUse
+from benchmarks.soak_looks import Allowance, Snapshot, growth
 from protocol.address import AddressLock, engine_pid
 
 BEFORE = Snapshot(
