@@ -50,6 +50,14 @@ class EngineProcesses:
                 uses[_name_of(process)] = _use_of(process)
         return uses
 
+    def pid_of(self, module: str) -> int | None:
+        """The process that runs the module, or a module of the package; None while there is none."""
+        for process in self._launcher.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if f"{_name_of(process)}.".startswith(f"{module}."):
+                    return process.pid
+        return None
+
 
 def own_use() -> ProcessUse:
     return _use_of(psutil.Process())

@@ -18,6 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from protocol.errors import ConfigError, InvalidRequestError
+from protocol.limits import MAX_MESSAGES, MAX_TOOLS, require_few, require_shallow
 
 # What the engine itself hands to the template; `template_options` cannot replace them.
 _RESERVED_NAMES = ("messages", "tools")
@@ -45,7 +46,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             self._tool_template = environment.from_string(tool_source) if tool_source else self._template
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError) as error:
             raise ConfigError(f"the model's chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
 
@@ -63,6 +64,10 @@ class ChatTemplate:
         Raises:
             InvalidRequestError: the messages have the wrong form, or the template refuses them.
         """
+        require_few(len(messages), MAX_MESSAGES, "messages", "messages")
+        require_few(len(tools or ()), MAX_TOOLS, "tools", "functions")
+        for field, value in (("messages", messages), ("tools", tools), ("chat_template_kwargs", options)):
+            require_shallow(value, field)
         options = dict(options or {})
         for name in _RESERVED_NAMES:
             if name in options:
@@ -161,8 +166,9 @@ def _normalize_tool_call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"{where}.function.arguments is not JSON: {error}", "messages") from error
+        require_shallow(arguments, "messages")
     return {**call, "function": {**function, "arguments": arguments}}
 
 

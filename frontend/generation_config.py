@@ -39,7 +39,7 @@ def load_sampling_defaults(model_path: Path) -> SamplingDefaults:
         names = {name: name for name in SamplingDefaults.__struct_fields__} | {"max_tokens": "max_new_tokens"}
         given = {name: config[written] for name, written in names.items() if config.get(written) is not None}
         SamplingParams(**given)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         reason = error.message if isinstance(error, InvalidRequestError) else error
         if isinstance(error, InvalidRequestError) and error.param == "max_tokens":
             reason = error.message.replace("max_tokens", "max_new_tokens", 1)

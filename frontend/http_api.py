@@ -24,6 +24,7 @@ from frontend.http_responses import ResponsesEndpoint, StoredResponses
 from frontend.http_tokenize import DetokenizeEndpoint, TokenizeEndpoint
 from frontend.metrics import render_metrics
 from frontend.openai_responses import ModelCard, ModelList
+from frontend.openapi import openapi_document
 from frontend.page import page_routes
 from frontend.response_store import ResponseStore
 from frontend.service import Service
@@ -87,6 +88,11 @@ def _make_routes(service: Service) -> Starlette:
         body, content_type = render_metrics(service.config.model_name, service.metrics, stats, accept)
         return Response(body, headers={"content-type": content_type})
 
+    document = msgspec.json.encode(openapi_document(with_keys=bool(service.config.options.api_key)))
+
+    async def openapi(request: Request) -> Response:
+        return Response(document, media_type="application/json")
+
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatEndpoint(service, defaults), methods=["POST"]),
@@ -101,6 +107,7 @@ def _make_routes(service: Service) -> Starlette:
             Route("/ping", health, methods=["GET", "POST"]),
             Route("/version", version, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
+            Route("/openapi.json", openapi, methods=["GET"]),
             Route("/tokenize", TokenizeEndpoint(service), methods=["POST"]),
             Route("/detokenize", DetokenizeEndpoint(service), methods=["POST"]),
             *page_routes(),

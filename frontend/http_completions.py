@@ -44,7 +44,6 @@ from protocol.structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 32 * 1024 * 1024
 # The OpenAI API's for plain completions; a chat answer may fill the context.
 _DEFAULT_COMPLETION_TOKENS = 16
 # Answers to one body, all prompts and choices together: each is a request of its own.
@@ -61,7 +60,7 @@ class Endpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.require_ready()
-        body = await read_body(scope, receive)
+        body = await read_body(scope, receive, self._service.max_body_bytes)
         if body is None:
             return
         arrived = time.perf_counter()
@@ -285,15 +284,15 @@ def _require_few(num_prompts: int, num_choices: int) -> None:
         )
 
 
-async def read_body(scope: Scope, receive: Receive) -> bytes | None:
+async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes | None:
     """The whole body, or None if the client left before it was there.
 
     Raises:
         HTTPException: it is too long.
     """
-    too_large = HTTPException(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+    too_large = HTTPException(413, f"the body is longer than {max_bytes} bytes (--max-body-size)")
     for name, value in scope["headers"]:
-        if name == b"content-length" and int(value) > MAX_BODY_BYTES:
+        if name == b"content-length" and int(value) > max_bytes:
             raise too_large
     parts: list[bytes] = []
     size = 0
@@ -303,7 +302,7 @@ async def read_body(scope: Scope, receive: Receive) -> bytes | None:
             return None
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > MAX_BODY_BYTES:
+        if size > max_bytes:
             raise too_large
         if not message.get("more_body", False):
             return b"".join(parts)

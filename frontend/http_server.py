@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from frontend.http_exchange import ABORT_KEY
+from frontend.http_protocol import BoundedProtocol, max_connections
 from protocol.errors import ConfigError
 
 _BACKLOG = 2048
@@ -66,19 +65,17 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Connection(HttpToolsProtocol):
-    """A connection whose requests can end it at once, without waiting for a client that does not read."""
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope[ABORT_KEY] = self.transport.abort  # type: ignore[literal-required]
-
-
 class HttpServer:
-    def __init__(self, app: Any, listener: socket.socket) -> None:
+    def __init__(self, app: Any, listener: socket.socket, receive_timeout_s: float) -> None:
+        """A request must be there as a whole within `receive_timeout_s`."""
+
+        class Protocol(BoundedProtocol):
+            most_connections = max_connections()
+
+        Protocol.receive_timeout_s = receive_timeout_s
         config = uvicorn.Config(
             app,
-            http=_Connection,
+            http=Protocol,
             ws="none",
             lifespan="off",
             access_log=False,

@@ -49,8 +49,8 @@ class Detokenized(Struct):
 
 
 _OF_CHATS = ("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
-_TOKENIZE_REQUEST = RequestType(TokenizeFields, (), {"chat_template": (), "mm_processor_kwargs": ()})
-_DETOKENIZE_REQUEST = RequestType(DetokenizeFields, (), {})
+TOKENIZE_REQUEST = RequestType(TokenizeFields, (), {"chat_template": (), "mm_processor_kwargs": ()})
+DETOKENIZE_REQUEST = RequestType(DetokenizeFields, (), {})
 
 
 class _Endpoint(ABC):
@@ -61,7 +61,7 @@ class _Endpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.require_ready()
-        body = await read_body(scope, receive)
+        body = await read_body(scope, receive, self._service.max_body_bytes)
         if body is None:
             return
         self._service.require_ready()
@@ -74,7 +74,7 @@ class _Endpoint(ABC):
 
 class TokenizeEndpoint(_Endpoint):
     async def _answer(self, body: bytes) -> Tokenized:
-        fields: TokenizeFields = _TOKENIZE_REQUEST.decode(body)
+        fields: TokenizeFields = TOKENIZE_REQUEST.decode(body)
         require_model(fields.model, self._service.engine.model)
         prompts = self._service.prompts
         token_ids = await prompts.tokenize(_prompt_of(fields), fields.add_special_tokens)
@@ -84,7 +84,7 @@ class TokenizeEndpoint(_Endpoint):
 
 class DetokenizeEndpoint(_Endpoint):
     async def _answer(self, body: bytes) -> Detokenized:
-        fields: DetokenizeFields = _DETOKENIZE_REQUEST.decode(body)
+        fields: DetokenizeFields = DETOKENIZE_REQUEST.decode(body)
         require_model(fields.model, self._service.engine.model)
         return Detokenized(await self._service.prompts.detokenize(fields.tokens, "tokens"))
 

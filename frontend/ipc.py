@@ -199,7 +199,8 @@ class IpcServer:
         if isinstance(message, Hello):
             self._on_hello(identity, message)
         elif isinstance(message, Malformed):
-            self._refuse(identity, f"message not understood: {message.reason}")
+            # The reason may hold a part of the message, which is not for the log.
+            self._refuse(identity, f"message not understood: {message.reason}", "a message was not understood")
         elif client is None:
             self._refuse(identity, f"{type(message).__name__} from an unknown client: send Hello first")
         elif isinstance(message, Generate):
@@ -213,8 +214,8 @@ class IpcServer:
         else:
             assert isinstance(message, Heartbeat)
 
-    def _refuse(self, identity: bytes, reason: str) -> None:
-        logger.warning("refused a client's message: %s", reason)
+    def _refuse(self, identity: bytes, reason: str, logged: str | None = None) -> None:
+        logger.warning("refused a client's message: %s", logged or reason)
         self._channel.send(Refused(reason), identity)
 
     def _on_hello(self, identity: bytes, hello: Hello) -> None:
@@ -253,7 +254,7 @@ class IpcServer:
             self._service.require_ready()
             self._service.timeout_of(generate.timeout)
             with self._service.admission.reserve(1):
-                rendered = self._service.prompts.render(generate.prompt)
+                rendered = self._service.prompts.render(generate.prompt, generate.params.truncate_prompt_tokens)
                 if not is_long(rendered) and generate.params.structured_outputs is None:
                     truncate = generate.params.truncate_prompt_tokens
                     self._submit(client, generate, self._service.prompts.encode(rendered, truncate))

@@ -16,7 +16,8 @@ from msgspec import Meta, Struct
 
 from frontend.generation_config import SamplingDefaults
 from frontend.tool_choice import NamedToolChoice
-from protocol.errors import InvalidRequestError
+from protocol.errors import InvalidRequestError, shown
+from protocol.limits import MAX_JSON_DEPTH, MAX_JSON_NODES, require_shallow
 from protocol.sampling import SamplingParams
 
 # --- requests -------------------------------------------------------------------------------------------------------
@@ -163,14 +164,20 @@ _ONLY_COMPLETION: dict[str, tuple[Any, ...]] = {
 
 
 class RequestType:
-    """One kind of request body: the fields that are served, and those that are only tolerated."""
+    """One kind of request body: the fields that are served, and those that are only tolerated.
+
+    Attributes:
+        type: with all of these fields.
+        only: the fields that are not served, with the values that ask for nothing.
+    """
 
     def __init__(self, fields: type[Struct], no_effect: tuple[str, ...], only: dict[str, tuple[Any, ...]]) -> None:
-        self._only = only
+        self.only = only
         tolerated = [(name, Any, None) for name in (*no_effect, *only)]
-        self._decoder = msgspec.json.Decoder(
-            msgspec.defstruct(fields.__name__, tolerated, bases=(fields,), kw_only=True, forbid_unknown_fields=True)
+        self.type: type[Struct] = msgspec.defstruct(
+            fields.__name__, tolerated, bases=(fields,), kw_only=True, forbid_unknown_fields=True
         )
+        self._decoder = msgspec.json.Decoder(self.type)
 
     def decode(self, body: bytes) -> Any:
         """The request.
@@ -178,17 +185,27 @@ class RequestType:
         Raises:
             InvalidRequestError: not JSON, a field is unknown or has a wrong or unsupported value.
         """
+        num_nodes = body.count(b"{") + body.count(b"[")
+        if num_nodes > MAX_JSON_NODES:
+            raise InvalidRequestError(
+                f"the body has {num_nodes} opening brackets, of which {MAX_JSON_NODES} are allowed"
+            )
         try:
             request = self._decoder.decode(body)
         except msgspec.ValidationError as error:
             raise _validation_error(str(error), body) from error
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
-        for name, allowed in self._only.items():
+        if num_nodes > MAX_JSON_DEPTH:
+            for name in request.__struct_fields__:
+                require_shallow(getattr(request, name), name)
+        for name, allowed in self.only.items():
             value = getattr(request, name)
             if value is not None and not _is_one_of(value, allowed):
                 accepted = " or ".join(msgspec.json.encode(choice).decode() for choice in (*allowed, None))
-                raise InvalidRequestError(f"{name} is not supported: it can only be {accepted}, got {value!r}", name)
+                raise InvalidRequestError(
+                    f"{name} is not supported: it can only be {accepted}, got {shown(value)}", name
+                )
         return request
 
 
@@ -216,9 +233,13 @@ def _validation_error(message: str, body: bytes) -> InvalidRequestError:
     if not inner:
         return InvalidRequestError(f"the body is wrong: {reason}")
     name = re.split(r"[.\[]", inner)[0]
-    value = msgspec.json.encode(msgspec.json.decode(body).get(name)).decode()
-    shown = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}…"
-    return InvalidRequestError(f"{inner}: {reason[:1].lower()}{reason[1:]} (got {shown})", name)
+    try:
+        value = msgspec.json.encode(msgspec.json.decode(body).get(name)).decode()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # Of a body that goes wrong twice, the field was only the first.
+        return InvalidRequestError(f"the body is not valid JSON: {error}")
+    got = value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}…"
+    return InvalidRequestError(f"{inner}: {reason[:1].lower()}{reason[1:]} (got {got})", name)
 
 
 CHAT_REQUEST = RequestType(ChatFields, _NO_EFFECT, _ONLY | _ONLY_CHAT)

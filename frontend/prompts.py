@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from typing import Any
 
 import msgspec
 
 from frontend.tokenizer import Tokenizer
 from protocol.errors import InvalidRequestError
+from protocol.limits import MAX_TEXT_CHARS, require_few
 from protocol.messages import ChatPrompt, EngineInfo, Prompt, TextPrompt, unpack_ints
 from protocol.sampling import SamplingParams
 
@@ -41,20 +43,27 @@ class Prompts:
         self._vocab_size = engine.vocab_size
         self._executor = executor
 
-    def render(self, prompt: Prompt) -> RenderedPrompt | list[int]:
-        """The prompt's text, or its token ids if it came as such.
+    def render(self, prompt: Prompt, truncate: int | None = None) -> RenderedPrompt | list[int]:
+        """The prompt's text, or its token ids if it came as such, only those that `encode` is to keep of them.
 
         Raises:
-            InvalidRequestError: it needs a tokenizer or a chat template that is not there, or the template refuses it.
+            InvalidRequestError: it needs a tokenizer or a chat template that is not there, or the template refuses it,
+                or it is longer than anything that is encoded.
         """
         if isinstance(prompt, TextPrompt):
             self._require_tokenizer("prompt")
+            require_few(len(prompt.text), MAX_TEXT_CHARS, "prompt", "characters")
             return RenderedPrompt(prompt.text, True, "prompt")
         if isinstance(prompt, ChatPrompt):
             tokenizer = self._require_tokenizer("messages")
             text = tokenizer.render_chat(prompt.messages, prompt.tools, prompt.template_options)
+            require_few(len(text), MAX_TEXT_CHARS, "messages", "characters")
             return RenderedPrompt(text, False, "messages")
-        return unpack_ints(prompt.token_ids).tolist()
+        # Before there is an object for each id: a message may hold millions.
+        token_ids = unpack_ints(prompt.token_ids)
+        if truncate is None:
+            self._require_room(len(token_ids), "prompt")
+        return self._truncated(token_ids, truncate).tolist()
 
     def encode(self, rendered: RenderedPrompt | list[int], truncate: int | None = None) -> list[int]:
         """Checked token ids of a rendered prompt, in this thread; only the last `truncate` of them, if that is given,
@@ -62,10 +71,22 @@ class Prompts:
         if isinstance(rendered, list):
             return self.check(self._truncated(rendered, truncate), "prompt")
         tokenizer = self._require_tokenizer(rendered.param)
+        if truncate is None:
+            self._require_possible(tokenizer, rendered)
         token_ids = tokenizer.encode(rendered.text, rendered.add_special_tokens)
         return self.check(self._truncated(token_ids, truncate), rendered.param)
 
-    def _truncated(self, token_ids: list[int], truncate: int | None) -> list[int]:
+    def _require_possible(self, tokenizer: Tokenizer, rendered: RenderedPrompt) -> None:
+        """Raises InvalidRequestError if a text cannot fit whatever its tokens are, which takes no encoding to know."""
+        most = tokenizer.most_chars(self._max_model_len)
+        if most is not None and len(rendered.text) > most:
+            raise InvalidRequestError(
+                f"{rendered.param} has {len(rendered.text)} characters, which leaves no room for an answer: this "
+                f"model's maximum context length, {self._max_model_len} tokens, holds at most {most} characters",
+                rendered.param,
+            )
+
+    def _truncated(self, token_ids: Any, truncate: int | None) -> Any:
         if truncate is None:
             return token_ids
         return token_ids[-(self._max_model_len - 1 if truncate == -1 else truncate) :]
@@ -124,14 +145,17 @@ class Prompts:
         """
         if not token_ids:
             raise InvalidRequestError(f"{param} is empty: it must hold at least one token", param)
-        if len(token_ids) >= self._max_model_len:
+        self._require_room(len(token_ids), param)
+        self._check_ids(token_ids, param)
+        return token_ids
+
+    def _require_room(self, num_tokens: int, param: str) -> None:
+        if num_tokens >= self._max_model_len:
             raise InvalidRequestError(
-                f"{param} has {len(token_ids)} tokens, which leaves no room for an answer: "
+                f"{param} has {num_tokens} tokens, which leaves no room for an answer: "
                 f"this model's maximum context length is {self._max_model_len} tokens, prompt and answer",
                 param,
             )
-        self._check_ids(token_ids, param)
-        return token_ids
 
     def _check_ids(self, token_ids: list[int], param: str) -> None:
         if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):

@@ -12,6 +12,7 @@ from msgspec import Struct
 from frontend.openai_types import RequestFields, RequestType
 from frontend.tool_choice import NamedFunction, NamedToolChoice
 from protocol.errors import InvalidRequestError
+from protocol.limits import MAX_METADATA_KEY_CHARS, MAX_METADATA_PAIRS, MAX_METADATA_VALUE_CHARS, require_few
 
 ResponseStatus = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -65,7 +66,11 @@ RESPONSES_REQUEST = RequestType(ResponsesFields, _NO_EFFECT, _ONLY)
 
 
 def check_fields(fields: ResponsesFields) -> None:
-    """Raises InvalidRequestError for what is inside `text` and `reasoning` and is not served."""
+    """Raises InvalidRequestError for what is inside `text` and `reasoning` and is not served, or too much metadata."""
+    require_few(len(fields.metadata or ()), MAX_METADATA_PAIRS, "metadata", "pairs")
+    for name, text in (fields.metadata or {}).items():
+        require_few(len(name), MAX_METADATA_KEY_CHARS, "metadata", "characters in a key")
+        require_few(len(text), MAX_METADATA_VALUE_CHARS, "metadata", "characters in a value")
     for name, value in (fields.reasoning or {}).items():
         if value is not None:
             raise InvalidRequestError(
@@ -105,12 +110,11 @@ class ReasoningText(Struct):
     type: str = "reasoning_text"
 
 
-class ReasoningItem(Struct):
+class ReasoningItem(Struct, tag_field="type", tag="reasoning"):
     id: str
     content: list[ReasoningText]
     status: ItemStatus = "in_progress"
     summary: list[Any] = []
-    type: str = "reasoning"
 
 
 class OutputText(Struct):
@@ -120,21 +124,19 @@ class OutputText(Struct):
     type: str = "output_text"
 
 
-class MessageItem(Struct):
+class MessageItem(Struct, tag_field="type", tag="message"):
     id: str
     content: list[OutputText]
     status: ItemStatus = "in_progress"
     role: str = "assistant"
-    type: str = "message"
 
 
-class FunctionCallItem(Struct):
+class FunctionCallItem(Struct, tag_field="type", tag="function_call"):
     id: str
     call_id: str
     name: str
     arguments: str = ""
     status: ItemStatus = "in_progress"
-    type: str = "function_call"
 
 
 OutputItem = ReasoningItem | MessageItem | FunctionCallItem

@@ -37,7 +37,7 @@ async def serve(child: ChildProcess) -> None:
         ipc = IpcServer(child.context, config.address, service)
         if listener is not None:
             details["http"] = http_url(listener)
-            http = HttpServer(make_app(service), listener)
+            http = HttpServer(make_app(service), listener, config.options.receive_timeout)
         if await _start_or_stop(service, stop):
             ipc.engine_ready()
             child.ready(**details)

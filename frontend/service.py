@@ -24,7 +24,7 @@ from frontend.requests import RequestTable
 from frontend.structured_output import AnswerGrammars
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_file import tokenizer_file
-from protocol.config import EngineConfig
+from protocol.config import EngineConfig, parse_size
 from protocol.errors import EngineUnavailableError
 from protocol.messages import EngineFailed, EngineInfo, Failed, ProcessLost, Stats, StepOutputs
 from protocol.threads import deep_thread_pool
@@ -47,6 +47,7 @@ class Service:
     """The engine as its users see it.
 
     Attributes:
+        max_body_bytes: of an HTTP request.
         state: "starting" until `start` returns; "recovering" while the core or the worker is being replaced: what runs
             waits, and so do new requests; "failed" when that was given up.
         engine: what clients are told of the engine. Like the attributes below it set by `start`.
@@ -62,6 +63,7 @@ class Service:
     def __init__(self, context: zmq.Context, config: EngineConfig) -> None:
         """Raises ConfigError if the model's generation_config.json cannot be used."""
         self.config = config
+        self.max_body_bytes = parse_size(config.options.max_body_size)
         self.sampling_defaults = load_sampling_defaults(Path(config.model_path))
         self.state: State = "starting"
         self.metrics = RequestMetrics(config.max_model_len)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from frontend.tokenizer import Tokenizer
 from protocol.errors import InvalidRequestError
+from protocol.limits import require_few
 from protocol.sampling import SamplingParams
 
 # The worker keeps so many of each sequence's last tokens to compare with.
@@ -47,6 +48,7 @@ def check_token_options(params: SamplingParams, num_prompt_tokens: int, vocab_si
         "logit_bias": [token for token, _ in params.logit_bias],
         "allowed_token_ids": params.allowed_token_ids or (),
     }
+    require_few(len(ids["allowed_token_ids"]), vocab_size, "allowed_token_ids", "ids, which are all there are")
     for name, tokens in ids.items():
         if tokens and max(tokens) >= vocab_size:
             expected = f"made of the vocabulary's ids, 0 to {vocab_size - 1}"

@@ -27,6 +27,9 @@ from protocol.errors import ConfigError, InvalidRequestError
 
 _SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+# Characters that Unicode's composition (NFC) makes one of, at most: a letter and three marks.
+_MOST_COMPOSED = 4
+
 
 class Tokenizer:
     """Encodes, decodes and renders for one model. Safe to call from several threads."""
@@ -44,6 +47,7 @@ class Tokenizer:
         if is_byte_level(backend):
             for skip_special_tokens in (False, True):
                 self._token_bytes[skip_special_tokens] = token_bytes_table(backend, vocab_size, skip_special_tokens)
+        self._most_chars_of_token = self._longest_token()
 
     @classmethod
     def load(cls, model_path: Path, file: Path, vocab_size: int) -> Tokenizer:
@@ -57,9 +61,16 @@ class Tokenizer:
         except Exception as error:
             # The package raises bare Exception for whatever is wrong with the file.
             raise ConfigError(f"{file} cannot be read: {error}") from error
-        settings = _read_json(model_path / "tokenizer_config.json")
-        _add_missing_tokens(backend, settings)
-        return cls(backend, vocab_size, _load_chat_template(model_path, settings))
+        settings_file = model_path / "tokenizer_config.json"
+        settings = _read_json(settings_file)
+        try:
+            _add_missing_tokens(backend, settings)
+            chat_template = _load_chat_template(model_path, settings)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{settings_file} or a file that belongs to it has a wrong form: {error!r}") from error
+        return cls(backend, vocab_size, chat_template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens around it that the model was trained with, if it was.
@@ -72,6 +83,10 @@ class Tokenizer:
             return self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except TypeError as error:
             raise InvalidRequestError("the text holds half a surrogate pair, which is no character") from error
+
+    def most_chars(self, num_tokens: int) -> int | None:
+        """More characters than this no text can have whose encoding has so many tokens; None if that is not known."""
+        return None if self._most_chars_of_token is None else num_tokens * self._most_chars_of_token
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -124,13 +139,26 @@ class Tokenizer:
             )
         return self._chat_template.render(messages, tools, options)
 
+    def _longest_token(self) -> int | None:
+        """Characters of text that one token stands for at most, before normalization; None if there is no bound."""
+        if not self._token_bytes:
+            return None
+        normalizer = self._backend.normalizer
+        # Tokens that take the spaces around them take any number of them.
+        if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
+            return None
+        if normalizer is not None and not isinstance(normalizer, tokenizers.normalizers.NFC):
+            return None
+        longest = max(map(len, self._token_bytes[False]))
+        return longest if normalizer is None else longest * _MOST_COMPOSED
+
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(data).__name__}")

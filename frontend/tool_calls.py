@@ -238,4 +238,7 @@ class _CallText:
             return None
         if self.arguments_start is not None and name == self.name:
             return name, self.text[self.arguments_start : self.arguments_end]
-        return name, json.dumps(arguments, ensure_ascii=False)
+        try:
+            return name, json.dumps(arguments, ensure_ascii=False)
+        except RecursionError:
+            return None

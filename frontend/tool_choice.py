@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from frontend.reasoning import Thinking
 from protocol.errors import InvalidRequestError
+from protocol.limits import MAX_TOOLS, require_few
 
 _LONGEST_NAME = 128
 _FUNCTION_FIELDS = ("name", "description", "parameters", "strict")
@@ -54,6 +55,7 @@ def read_tools(
     Raises:
         InvalidRequestError: a tool is not a function, or the choice is one that the tools do not allow.
     """
+    require_few(len(tools or ()), MAX_TOOLS, "tools", "functions")
     offered = [_read_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools or ())]
     names = [tool["function"]["name"] for tool in offered]
     for name in names:

@@ -125,6 +125,10 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     allowed_headers: tuple[str, ...] = _option(("*",), "HTTP headers that such pages may send")
     allow_credentials: bool = _option(False, "let such pages send cookies and the like")
     access_log: bool = _option(False, "log a line for each HTTP request")
+    max_body_size: str = _option("32MiB", "longest body of an HTTP request")
+    receive_timeout: Annotated[float, Meta(gt=0)] = _option(
+        30.0, "seconds in which an HTTP request must be there, header and body, or its connection is closed"
+    )
     log_level: LogLevel = _option("info", "least severe records that are logged")
     log_format: LogFormat = _option("text", "log lines for people or, as json, for programs")
 
@@ -208,6 +212,7 @@ def make_options(values: Mapping[str, Any]) -> EngineOptions:
     parse_size(options.max_waiting_bytes, "--max-waiting-bytes", zero_is_none=True)
     if parse_size(options.max_stream_buffer, "--max-stream-buffer") < MIN_STREAM_BUFFER:
         raise ConfigError(f"--max-stream-buffer must be at least 64KiB, got {options.max_stream_buffer}")
+    parse_size(options.max_body_size, "--max-body-size")
     parse_steps(options.profile_steps)
     _check_http_options(options)
     return options

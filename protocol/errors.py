@@ -7,6 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
+# Characters of what a user is told.
+_LONGEST_MESSAGE, _LONGEST_PARAM, _LONGEST_VALUE = 2000, 200, 1000
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, whatever it is: `repr` refuses some."""
+    try:
+        return _shortened(repr(value), _LONGEST_VALUE)
+    except (ValueError, RecursionError):
+        return f"a value of type {type(value).__name__} that is too long to show"
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
 
 class EngineError(Exception):
     """Base of every error that this engine raises on purpose."""
@@ -17,17 +32,18 @@ class InvalidRequestError(EngineError, ValueError):
 
     Attributes:
         param: name of the field at fault, or None if it is the request as a whole.
-        message: what is wrong and what would be right, naming the value.
+        message: what is wrong and what would be right, naming the value. A long one is cut: a value may be megabytes.
     """
 
     def __init__(self, message: str, param: str | None = None) -> None:
+        message, param = _shortened(message, _LONGEST_MESSAGE), param and _shortened(param, _LONGEST_PARAM)
         super().__init__(message)
         self.message = message
         self.param = param
 
     @classmethod
     def out_of_range(cls, param: str, value: Any, expected: str) -> InvalidRequestError:
-        return cls(f"{param} must be {expected}, got {value!r}", param)
+        return cls(f"{param} must be {expected}, got {shown(value)}", param)
 
 
 class ConfigError(EngineError, ValueError):

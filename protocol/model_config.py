@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
 from protocol.errors import ConfigError
+
+Size = Annotated[int, Meta(ge=1)]
 
 SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM",)
 
@@ -20,19 +23,19 @@ class ModelConfig(msgspec.Struct, frozen=True):
     """Shape and constants of a decoder-only transformer."""
 
     architecture: str
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    max_position_embeddings: int
+    hidden_size: Size
+    num_layers: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Size
+    intermediate_size: Size
+    vocab_size: Size
+    max_position_embeddings: Size
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
     dtype: str
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[Annotated[int, Meta(ge=0)], ...]
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token holds in the cache, over all layers."""
@@ -49,6 +52,8 @@ def load_model_config(directory: Path) -> ModelConfig:
         raise ConfigError(f"model path {directory} is not a directory")
     config = _read_json(directory / "config.json")
     architectures = config.get("architectures") or [config.get("model_type", "none")]
+    if not isinstance(architectures, list):
+        raise ConfigError(f"{directory / 'config.json'}: architectures must be a list, got {architectures!r}")
     if architectures[0] not in SUPPORTED_ARCHITECTURES:
         raise ConfigError(
             f"{directory}: architecture {architectures[0]!r} is not supported; "
@@ -62,14 +67,18 @@ def load_model_config(directory: Path) -> ModelConfig:
             raise ConfigError(f"{directory / 'config.json'}: {name} is missing")
         return value
 
-    num_heads = get("num_attention_heads")
+    hidden_size, num_heads = get("hidden_size"), get("num_attention_heads")
+    for name, value in (("hidden_size", hidden_size), ("num_attention_heads", num_heads)):
+        # The two that are computed with before they are checked.
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{directory / 'config.json'}: {name} must be a positive integer, got {value!r}")
     values = {
         "architecture": architectures[0],
-        "hidden_size": get("hidden_size"),
+        "hidden_size": hidden_size,
         "num_layers": get("num_hidden_layers"),
         "num_heads": num_heads,
         "num_kv_heads": get("num_key_value_heads", num_heads),
-        "head_dim": get("head_dim", get("hidden_size") // num_heads),
+        "head_dim": get("head_dim", hidden_size // num_heads),
         "intermediate_size": get("intermediate_size"),
         "vocab_size": get("vocab_size"),
         "max_position_embeddings": get("max_position_embeddings"),
@@ -98,6 +107,8 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_unsupported_features(directory: Path, config: dict[str, Any]) -> None:
     rope = _rope_parameters(config)
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{directory / 'config.json'}: the parameters of RoPE must be an object, got {rope!r}")
     rope_type = rope.get("rope_type") or rope.get("type") or "default"
     unsupported = {
         "rope_scaling": rope_type if rope_type != "default" else None,
@@ -128,7 +139,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path.parent} is not a model directory: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(data).__name__}")

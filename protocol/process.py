@@ -86,7 +86,8 @@ def run_child(name: str, main: Callable[[ChildProcess], None]) -> None:
         code = 1
     except Exception as error:
         logger.exception("the %s process ends with an error", name)
-        child.failed(f"{type(error).__name__}: {error}")
+        # Of what CUDA says, the first line is the error, and the others advise.
+        child.failed(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         code = 1
     child.close()
     sys.stdout.flush()

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from protocol.errors import InvalidRequestError
+from protocol.limits import require_shallow
 
 MAX_CHOICES = 1024
 MAX_GRAMMAR_CHARS = 128 * 1024
@@ -54,6 +55,8 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, array_l
             self._require_text("json", self.json)
         elif self.json is not None and not isinstance(self.json, Mapping | bool):
             raise _wrong("json", self.json, "a JSON schema, as an object or as text")
+        else:
+            require_shallow(self.json, "structured_outputs.json")
         if self.json_object not in (None, True):
             raise _wrong("json_object", self.json_object, "true or false")
         if self.choice is not None:
@@ -87,11 +90,13 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, array_l
         if not isinstance(self.json, str):
             return self.json
         try:
-            return json.loads(self.json)
+            schema = json.loads(self.json)
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(
                 f"structured_outputs.json is not valid JSON: {error}", "structured_outputs.json"
             ) from error
+        require_shallow(schema, "structured_outputs.json")
+        return schema
 
 
 def _wrong(name: str, value: object, expected: str) -> InvalidRequestError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -68,13 +69,24 @@ def open_socket(
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     try:
         if bind is not None:
-            socket.bind(bind)
+            _bind_for_this_user(socket, bind)
         if connect is not None:
             socket.connect(connect)
     except zmq.ZMQError:
         socket.close(linger=0)
         raise
     return socket
+
+
+def _bind_for_this_user(socket: zmq.Socket, address: str) -> None:
+    """Binds so that other users are kept out by the file's mode, and, where they can get round that, by their id."""
+    # What connects is asked for its user by the kernel, which a mode that somebody has changed does not.
+    socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+    before = os.umask(0o177)
+    try:
+        socket.bind(address)
+    finally:
+        os.umask(before)
 
 
 class Channel:

@@ -66,3 +66,10 @@ def test_both_pages_have_the_examples_that_are_looked_for() -> None:
 def test_links_lead_somewhere(page: str) -> None:
     for path in re.findall(r"\]\(([^)#:]+)\)", (ROOT / "docs" / page).read_text()):
         assert (ROOT / "docs" / path).exists(), path
+
+
+def test_every_test_that_the_security_page_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "security.md").read_text())
+    assert len(named) > 25
+    for file, name in named:
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{name}"

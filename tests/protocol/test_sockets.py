@@ -1,0 +1,71 @@
+"""Sockets in the file system are their user's alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from protocol.transport import open_socket
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def bound(tmp_path: Path) -> Iterator[Path]:
+    """A socket in a directory that everybody can enter."""
+    for directory in (tmp_path, *tmp_path.parents[:3]):
+        if directory.stat().st_uid == os.getuid():
+            directory.chmod(0o755)
+    context = zmq.Context()
+    bound = open_socket(context, zmq.ROUTER, bind=f"ipc://{tmp_path}/a.sock")
+    yield tmp_path / "a.sock"
+    bound.close(0)
+    context.term()
+
+
+def greeting(path: Path, uid: int) -> str:
+    """What a process of that user gets from the socket: "greeted", "closed" or "denied"."""
+    outcomes = ["greeted", "closed", "denied"]
+    child = os.fork()
+    if child == 0:
+        code = 9
+        try:
+            os.setuid(uid)
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(10)
+                connection.connect(str(path))
+                code = 0 if connection.recv(1) else 1
+        except PermissionError:
+            code = 2
+        except ConnectionError:
+            code = 1
+        finally:
+            os._exit(code)
+    return outcomes[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])]
+
+
+def test_a_socket_is_made_with_the_mode_0600(bound: Path) -> None:
+    assert stat.S_IMODE(bound.stat().st_mode) == 0o600
+    assert bound.stat().st_uid == os.getuid()
+
+
+def test_binding_leaves_the_modes_of_other_files_alone(bound: Path) -> None:
+    (bound.parent / "file").touch()
+    usual = os.umask(0o022)
+    os.umask(usual)
+    assert stat.S_IMODE((bound.parent / "file").stat().st_mode) == 0o666 & ~usual
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_is_kept_out_by_the_mode_and_without_it_by_the_kernels_word(bound: Path) -> None:
+    assert greeting(bound, os.getuid()) == "greeted"
+    assert greeting(bound, NOBODY) == "denied"
+    bound.chmod(0o666)
+    assert greeting(bound, NOBODY) == "closed"
+    assert greeting(bound, os.getuid()) == "greeted"
