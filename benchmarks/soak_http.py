@@ -84,7 +84,10 @@ class HttpRequests:
             httpx.HTTPError: the server closed the connection, or said nothing for a long time.
         """
         (kind,) = self._chooser.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()))
-        await self._kinds[kind]()
+        try:
+            await self._kinds[kind]()
+        except (LookupError, ValueError) as error:
+            raise RequestFailedError(f"an answer to {kind!r} of another form: {error!r}") from error
         return f"HTTP: {kind}"
 
     async def close_connections(self) -> None:
@@ -122,13 +125,14 @@ class HttpRequests:
         _require(any(choice["finish_reason"] for event in events for choice in event["choices"]), events)
 
     async def _tools(self) -> None:
-        answer = await self._post("/v1/chat/completions", self._with_tools())
-        _require(answer["choices"][0]["message"]["tool_calls"], answer)
+        choice = (await self._post("/v1/chat/completions", self._with_tools()))["choices"][0]
+        _require(choice["finish_reason"] == "length" or choice["message"]["tool_calls"], choice)
 
     async def _streamed_tools(self) -> None:
         events = await self._stream("/v1/chat/completions", self._with_tools())
-        deltas = [choice["delta"] for event in events for choice in event["choices"]]
-        _require(any(delta.get("tool_calls") for delta in deltas), events)
+        choices = [choice for event in events for choice in event["choices"]]
+        has_calls = any("tool_calls" in choice["delta"] for choice in choices)
+        _require(has_calls or choices[-1]["finish_reason"] == "length", events)
 
     async def _json_schema(self) -> None:
         schema = self._schema()
