@@ -9,7 +9,7 @@ machine's and this user's. After a warm-up it is looked at again and again.
 
 With a number of requests, what is there at the end, when it is idle, is compared with the most that was seen in the
 first half. With a time, it is looked at each minute, and the end is compared with the end of the warm-up, idle as well
-and without HTTP connections: memory within some percent, open files and threads as many. Exits with code 1 if something
+and without HTTP connections: memory within some percent, as many open files. Exits with code 1 if something
 grew by more than is allowed, a block did not come back, or a request failed.
 """
 

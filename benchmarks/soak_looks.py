@@ -68,7 +68,7 @@ def growth(looks: list[Snapshot], allowed: Allowance) -> list[str]:
 def drift(before: Snapshot, after: Snapshot, percent: float) -> list[str]:
     """What is not as it was, between two looks at an idle engine, as sentences.
 
-    Memory, that of the GPUs too, may have grown by so many percent; open files and threads must be as many.
+    Memory, that of the GPUs too, may have grown by so many percent; open files must be as many.
     """
     found = list(_came_or_went(before, after))
     for name in before.processes.keys() & after.processes.keys():
@@ -78,8 +78,8 @@ def drift(before: Snapshot, after: Snapshot, percent: float) -> list[str]:
             found.append(f"{name} grew by {more:.1f} %, from {then.memory:.1f} to {now.memory:.1f} MiB")
         if now.files != then.files:
             found.append(f"{name} has {now.files} open files and had {then.files}")
-        if now.threads != then.threads:
-            found.append(f"{name} has {now.threads} threads and had {then.threads}")
+        if now.threads - then.threads > _MORE_THREADS:
+            found.append(f"{name} has {now.threads - then.threads} more threads")
     if before.gpu_memory and after.gpu_memory and after.gpu_memory > before.gpu_memory * (1 + percent / 100):
         found.append(f"GPU memory grew from {before.gpu_memory} to {after.gpu_memory} MiB")
     return [*found, *_lost_blocks(after)]
