@@ -29,8 +29,8 @@ _REFUSED: list[tuple[str, str, dict[str, Any]]] = [
     ("top_logprobs", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 3}),
     ("stream_options", "/v1/completions", {"prompt": "x", "stream_options": {"include_usage": True}}),
 ]
-# How often a request is of a kind.
-_WEIGHTS = {
+# The kinds of requests, and how often a request is of each.
+KINDS = {
     "completion": 4,
     "completion, streamed": 4,
     "logprobs, n": 3,
@@ -77,18 +77,22 @@ class HttpRequests:
         }
 
     async def one(self) -> str:
-        """Sends a request of some kind, which it returns the name of.
+        """Sends a request of some kind, which it returns the name of. Raises as `send` does."""
+        (kind,) = self._chooser.choices(list(KINDS), weights=list(KINDS.values()))
+        await self.send(kind)
+        return f"HTTP: {kind}"
+
+    async def send(self, kind: str) -> None:
+        """Sends a request of one of `KINDS`.
 
         Raises:
             RequestFailedError: it does not end as one of its kind must.
             httpx.HTTPError: the server closed the connection, or said nothing for a long time.
         """
-        (kind,) = self._chooser.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()))
         try:
             await self._kinds[kind]()
         except (LookupError, ValueError) as error:
             raise RequestFailedError(f"an answer to {kind!r} of another form: {error!r}") from error
-        return f"HTTP: {kind}"
 
     async def close_connections(self) -> None:
         """Leaves the server without connections of this client, as long as nothing is sent."""
