@@ -27,7 +27,8 @@ from core.step_time import RelativeCosts, StepClock, StepTimeModel
 from core.worker_link import WorkerLink
 from protocol.config import EngineConfig
 from protocol.errors import EngineError
-from protocol.messages import EngineInfo, Ping, ProcessLost, StepResult, WorkerReady
+from protocol.launcher_messages import Ping, ProcessLost
+from protocol.messages import EngineInfo, StepResult, WorkerReady
 from protocol.process import ChildProcess, run_child
 from protocol.transport import UNLIMITED, open_socket
 

@@ -5,6 +5,7 @@ Builds bodies from text, token ids and counts, and from what requests have measu
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -42,19 +43,40 @@ class WholeChoice(Struct):
     request: RunningRequest
     finished: Finished
 
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, which must have been measured. Nothing is less likely than an answer without any."""
+        measured = self.request.logprobs
+        return sum(token.logprob for token in measured) / len(measured) if measured else -math.inf
+
+
+def best_choices(choices: Sequence[WholeChoice], num_generated: int, num_choices: int) -> Sequence[WholeChoice]:
+    """Of each `num_generated` choices, which are of one prompt, those of the highest mean log-probability a token.
+
+    The best comes first, and of equal ones the one that was asked for first.
+    """
+    if num_generated == num_choices:
+        return choices
+    best: list[WholeChoice] = []
+    for start in range(0, len(choices), num_generated):
+        of_prompt = choices[start : start + num_generated]
+        best += sorted(of_prompt, key=lambda choice: -choice.mean_logprob)[:num_choices]
+    return best
+
 
 class AnswerOptions(Struct, kw_only=True):
     """What is wanted beside the text.
 
     `with_usage` ends a stream with the counts, and as in the OpenAI API puts a null before into every chunk, or, with
-    `continuous_usage`, the counts so far. `num_choices` is for each prompt. `prompt_logprobs` is the number of
-    alternatives, as in `SamplingParams`.
+    `continuous_usage`, the counts so far. `num_choices` is for each prompt, and so is `num_generated`, of which the
+    answer has the best. `prompt_logprobs` is the number of alternatives, as in `SamplingParams`.
     """
 
     with_token_ids: bool
     with_usage: bool
     continuous_usage: bool
     num_choices: int
+    num_generated: int
     token_names: TokenNames
     prompt_logprobs: int | None
 

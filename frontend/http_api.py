@@ -85,7 +85,8 @@ def _make_routes(service: Service) -> Starlette:
     async def metrics(request: Request) -> Response:
         stats = await service.engine_stats()
         accept = request.headers.get("accept", "")
-        body, content_type = render_metrics(service.config.model_name, service.metrics, stats, accept)
+        num_refused = service.admission.num_refused
+        body, content_type = render_metrics(service.config.model_name, service.metrics, num_refused, stats, accept)
         return Response(body, headers={"content-type": content_type})
 
     document = msgspec.json.encode(openapi_document(with_keys=bool(service.config.options.api_key)))

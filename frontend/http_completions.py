@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import Any
 
+import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -40,6 +41,7 @@ from frontend.tool_choice import Tools, read_tools
 from protocol.config import parse_size
 from protocol.errors import InvalidRequestError
 from protocol.messages import ChatPrompt, Prompt, TextPrompt
+from protocol.sampling import SamplingParams
 from protocol.structured_outputs import StructuredOutputsParams
 
 logger = logging.getLogger(__name__)
@@ -70,8 +72,8 @@ class Endpoint(ABC):
         limit, limit_name = self._max_tokens(fields)
         names = self._own_names(fields)
         with renamed(names):
-            params = sampling_params(fields, self._defaults, limit)
-        _require_few(len(prompts), params.n)
+            params = self._generated(fields, sampling_params(fields, self._defaults, limit))
+        _require_few(len(prompts), params.n, "n" if fields.n == params.n else "best_of")
         wanted, wanted_by = self._structured_outputs(fields)
         tools = self._tools(fields)
         timeout = self._service.timeout_of(fields.timeout)
@@ -157,6 +159,10 @@ class Endpoint(ABC):
         _, limit_name = self._max_tokens(fields)
         return {"max_tokens": limit_name} if limit_name is not None else {}
 
+    def _generated(self, fields: Any, params: SamplingParams) -> SamplingParams:
+        """What is generated, of which the answer may be a part."""
+        return params
+
     @abstractmethod
     def _answer(self, fields: Any, prompts: list[Prompt | list[int]], token_ids: list[list[int]]) -> Any:
         """What makes the response out of outputs, behind these prompts, which have these ids."""
@@ -188,6 +194,7 @@ class Endpoint(ABC):
             with_usage=options is not None and bool(options.include_usage),
             continuous_usage=options is not None and bool(options.continuous_usage_stats),
             num_choices=fields.n or 1,
+            num_generated=fields.n or 1,
             token_names=TokenNames(tokenizer, as_token_ids=bool(fields.return_tokens_as_token_ids)),
             prompt_logprobs=fields.prompt_logprobs,
         )
@@ -245,10 +252,18 @@ class CompletionEndpoint(Endpoint):
         # Nothing but the prompt is wanted: a token is generated all the same, and left out of the answer.
         return 1 if _is_prompt_only(fields) else fields.max_tokens, "max_tokens"
 
+    def _generated(self, fields: CompletionFields, params: SamplingParams) -> SamplingParams:
+        best_of = fields.best_of_more()
+        if best_of is None:
+            return params
+        # By log-probabilities they are chosen, whether these are shown or not.
+        return msgspec.structs.replace(params, n=best_of, logprobs=params.logprobs or 0)
+
     def _answer(
         self, fields: CompletionFields, prompts: list[Prompt | list[int]], token_ids: list[list[int]]
     ) -> TextAnswer:
         options = self._answer_options(fields)
+        options.num_generated = fields.best_of_more() or options.num_choices
         logprobs = None
         if fields.logprobs is not None:
             skip = fields.skip_special_tokens is not False
@@ -273,10 +288,10 @@ def _is_prompt_only(fields: CompletionFields) -> bool:
     return fields.max_tokens == 0 and bool(fields.echo)
 
 
-def _require_few(num_prompts: int, num_choices: int) -> None:
+def _require_few(num_prompts: int, num_choices: int, choices_name: str) -> None:
     """Raises InvalidRequestError if one body asks for more answers than a frontend lets it have at once."""
     if num_prompts * num_choices > _MOST_CHOICES:
-        name = "n" if num_choices > 1 else "prompt"
+        name = choices_name if num_choices > 1 else "prompt"
         raise InvalidRequestError(
             f"{name} is too large: {num_prompts} prompts with {num_choices} choices each make "
             f"{num_prompts * num_choices} answers, of which a request may have {_MOST_CHOICES}",

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 from starlette.types import Send
 
-from frontend.answers import Answer, WholeChoice
+from frontend.answers import Answer, WholeChoice, best_choices
 from frontend.collector import Collector, Output
 from frontend.http_errors import error_body
 from frontend.openai_responses import PromptTokensDetails, Usage, UsageSoFar
@@ -122,9 +122,10 @@ async def respond(send: Send, answer: Answer, collector: Collector, requests: li
     if choices is None:
         return
     usage = _usage(answer, collector, requests)
+    best = best_choices(choices, answer.options.num_generated, answer.options.num_choices)
 
     def encoded() -> bytes:
-        return _encode(answer.whole(choices, usage))
+        return _encode(answer.whole(best, usage))
 
     # Log-probabilities may be many, and running streams do not wait until all are written.
     await send_json(send, await asyncio.to_thread(encoded) if answer.has_logprobs else encoded())
@@ -206,7 +207,7 @@ class _CompletionEvents:
         self._answer = answer
         self._collector = collector
         self._requests = requests
-        self._num_prompt_tokens = _num_prompt_tokens(requests, answer.options.num_choices)
+        self._num_prompt_tokens = _num_prompt_tokens(requests, answer.options.num_generated)
         self._num_tokens = 0
         # By choice, what comes before and after the text in the event of new text alone.
         self._around_text: dict[int, tuple[bytes, bytes]] = {}
@@ -268,7 +269,7 @@ def _event(body: msgspec.Struct) -> bytes:
 
 
 def _usage(answer: Answer, collector: Collector, requests: list[RunningRequest]) -> Usage:
-    usage = usage_of(collector, requests, answer.options.num_choices)
+    usage = usage_of(collector, requests, answer.options.num_generated)
     if answer.is_prompt_only:
         usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
     return usage

@@ -1,4 +1,4 @@
-"""The engine's metrics for Prometheus, under vLLM's names where they are the same thing.
+"""The engine's metrics for Prometheus, under vLLM's names where they are the same thing; others are `mini_vllm:`.
 
 The frontend counts what only it sees, latencies as they are delivered and how requests end; the rest is the core's,
 from its `Stats`. Counting runs for every streamed token and is kept apart from showing, which runs when somebody asks.
@@ -51,6 +51,7 @@ class RequestMetrics:
 
     Attributes:
         ended: requests by how they ended; "error" are those that the engine could not finish.
+        restarts: processes that were started again because they were lost, by which.
     """
 
     def __init__(self, max_model_len: int) -> None:
@@ -60,6 +61,7 @@ class RequestMetrics:
         self.prompt_tokens = Histogram(_token_bounds(max_model_len))
         self.generation_tokens = Histogram(_token_bounds(max_model_len))
         self.ended = dict.fromkeys(_ENDS, 0)
+        self.restarts = dict.fromkeys(("worker", "core"), 0)
 
     def request_ended(self, reason: str, seconds: float, num_prompt_tokens: int, num_generated_tokens: int) -> None:
         """Requests that were left or failed count, but say nothing about how long answers are and take."""
@@ -73,9 +75,10 @@ class RequestMetrics:
 class _EngineCollector(Collector):
     """What is known at one moment, in the form that Prometheus's library writes out."""
 
-    def __init__(self, model_name: str, requests: RequestMetrics, stats: Stats | None) -> None:
+    def __init__(self, model_name: str, requests: RequestMetrics, num_refused: int, stats: Stats | None) -> None:
         self._label = [model_name]
         self._requests = requests
+        self._num_refused = num_refused
         self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
@@ -113,6 +116,17 @@ class _EngineCollector(Collector):
         for reason, count in requests.ended.items():
             ended.add_metric([*self._label, reason], count)
         yield ended
+        refused = CounterMetricFamily(
+            "mini_vllm:requests_refused", "Requests refused because too much waited.", labels=["model_name"]
+        )
+        refused.add_metric(self._label, self._num_refused)
+        yield refused
+        restarts = CounterMetricFamily(
+            "mini_vllm:process_restarts", "Lost processes that were replaced.", labels=["model_name", "process"]
+        )
+        for process, count in requests.restarts.items():
+            restarts.add_metric([*self._label, process], count)
+        yield restarts
 
     def _gauge(self, name: str, help_text: str, value: float) -> Metric:
         metric = GaugeMetricFamily(f"vllm:{name}", help_text, labels=["model_name"])
@@ -136,13 +150,16 @@ def _buckets(counts: HistogramCounts) -> Sequence[tuple[str, float]]:
     return list(zip(bounds, accumulate(counts.counts), strict=True))
 
 
-def render_metrics(model_name: str, requests: RequestMetrics, stats: Stats | None, accept: str) -> tuple[bytes, str]:
+def render_metrics(
+    model_name: str, requests: RequestMetrics, num_refused: int, stats: Stats | None, accept: str
+) -> tuple[bytes, str]:
     """The page of metrics and its content type, which follows the request's Accept header.
 
-    Without `stats` what only the core knows is left out. The memory, open files and processor time are this process's.
+    `num_refused` requests were over a limit of what may wait. Without `stats` what only the core knows is left out. The
+    memory, open files and processor time are this process's.
     """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_EngineCollector(model_name, requests, stats))
+    registry.register(_EngineCollector(model_name, requests, num_refused, stats))
     for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
         registry.register(collector)
     encode, content_type = choose_encoder(accept)

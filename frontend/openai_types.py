@@ -18,7 +18,7 @@ from frontend.generation_config import SamplingDefaults
 from frontend.tool_choice import NamedToolChoice
 from protocol.errors import InvalidRequestError, shown
 from protocol.limits import MAX_JSON_DEPTH, MAX_JSON_NODES, require_shallow
-from protocol.sampling import SamplingParams
+from protocol.sampling import MAX_CHOICES, SamplingParams
 
 # --- requests -------------------------------------------------------------------------------------------------------
 
@@ -100,6 +100,7 @@ class CompletionFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
     logprobs: int | None = None
     response_format: dict[str, Any] | None = None
     echo: bool | None = None
+    best_of: int | None = None
 
     def logprobs_wanted(self) -> tuple[int | None, int | None]:
         if not self.echo or self.logprobs is None:
@@ -107,6 +108,23 @@ class CompletionFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
         # The prompt is written as part of the answer then, and the most that is wanted in either place is measured.
         widths = (self.logprobs, self.logprobs if self.prompt_logprobs is None else self.prompt_logprobs)
         return self.logprobs, -1 if -1 in widths else max(widths)
+
+    def best_of_more(self) -> int | None:
+        """How many answers to a prompt are generated where not all of them are returned; else None.
+
+        Raises:
+            InvalidRequestError: it is fewer than are returned or too many, or the answers cannot be chosen among.
+        """
+        num_returned = self.n or 1
+        if self.best_of is None or self.best_of == num_returned:
+            return None
+        if not num_returned <= self.best_of <= MAX_CHOICES:
+            expected = f"from n, which is {num_returned}, to {MAX_CHOICES}"
+            raise InvalidRequestError.out_of_range("best_of", self.best_of, expected)
+        where = "in a stream" if self.stream else "where max_tokens is 0" if self.max_tokens == 0 else None
+        if where is not None:
+            raise InvalidRequestError.out_of_range("best_of", self.best_of, f"{num_returned}, as n is, {where}")
+        return self.best_of
 
     def prompts(self) -> list[str] | list[list[int]]:
         """One or several prompts, all texts or all token ids.
@@ -131,7 +149,6 @@ _NO_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prom
 
 # Fields that are not served, with the values, besides null, that ask for nothing.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
     "kv_transfer_params": (),
     "length_penalty": (1,),
     "logits_processors": ([],),
@@ -144,6 +161,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 _ONLY_CHAT: dict[str, tuple[Any, ...]] = {
     "add_special_tokens": (False,),
     "audio": (),
+    "best_of": (1,),
     "chat_template": (),
     "documents": (),
     "echo": (False,),

@@ -30,6 +30,7 @@ _ERRORS = {
 # What is said of a field beside its type. That each is true is for the server to check, not for this document.
 _RANGES: dict[str, dict[str, Any]] = {
     "allowed_token_ids": {"minItems": 1},
+    "best_of": {"minimum": 1, "maximum": MAX_CHOICES},
     "bad_words": {"maxItems": MAX_BAD_WORDS},
     "cache_salt": {"minLength": 1, "maxLength": MAX_CACHE_SALT_CHARS},
     "frequency_penalty": {"minimum": -2, "maximum": 2},

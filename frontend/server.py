@@ -13,7 +13,7 @@ from frontend.http_api import make_app
 from frontend.http_server import HttpServer, bind_http, http_url
 from frontend.ipc import IpcServer
 from frontend.service import Service
-from protocol.messages import FromLauncher
+from protocol.launcher_messages import FromLauncher
 from protocol.process import ChildProcess, run_child
 from protocol.transport import AsyncChannel
 

@@ -26,7 +26,8 @@ from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_file import tokenizer_file
 from protocol.config import EngineConfig, parse_size
 from protocol.errors import EngineUnavailableError
-from protocol.messages import EngineFailed, EngineInfo, Failed, ProcessLost, Stats, StepOutputs
+from protocol.launcher_messages import EngineFailed, ProcessLost
+from protocol.messages import EngineInfo, Failed, Stats, StepOutputs
 from protocol.threads import deep_thread_pool
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ class Service:
         """Takes what the launcher says."""
         if isinstance(message, ProcessLost):
             self._epoch = message.epoch
+            self.metrics.restarts[message.process] += 1
             self._recover(message.reason)
             if message.process == "core":
                 self.core.reconnect(self.config.core_address(message.epoch))

@@ -13,7 +13,7 @@ import zmq
 
 from protocol.address import socket_path
 from protocol.config import API_KEY_VARIABLE, EngineConfig
-from protocol.messages import FromLauncher
+from protocol.launcher_messages import FromLauncher
 from protocol.process import LIFELINE_VARIABLE
 from protocol.transport import Channel, open_socket
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from protocol.config import EngineOptions
+from protocol.launcher_messages import Progress
 from protocol.logs import configure_logging
-from protocol.messages import Progress
 
 logger = logging.getLogger("launch")
 

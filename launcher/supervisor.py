@@ -19,10 +19,9 @@ import zmq
 from launcher.child import MODULES, Child
 from launcher.console import Console
 from protocol.config import EngineConfig
-from protocol.messages import (
+from protocol.launcher_messages import (
     CrashSearch,
     EngineFailed,
-    Malformed,
     Ping,
     Pong,
     ProcessFailed,
@@ -32,6 +31,7 @@ from protocol.messages import (
     Progress,
     ToLauncher,
 )
+from protocol.messages import Malformed
 from protocol.transport import Channel, open_socket
 
 # How often the launcher looks whether it is to stop.

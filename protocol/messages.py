@@ -1,4 +1,4 @@
-"""Every message that crosses a process boundary, grouped by the arrow it travels on.
+"""Every message on a request's way between processes, grouped by the arrow it travels on.
 
 Messages are msgspec Structs, tagged by class name and encoded as msgpack arrays. Integer arrays travel as raw
 little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a copy: see `protocol/arrays.py`.
@@ -7,8 +7,8 @@ little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a co
                                  | Welcome Refused Started Outputs Failed Stats
     frontend ⇄ core              CoreHello AddRequest AbortRequests GetStats | CoreReady StepOutputs Failed Stats
     core ⇄ worker                Step StepMasks Shutdown | WorkerReady StepResult
-    launcher ⇄ any process       ProcessLost EngineFailed Ping | Progress ProcessReady ProcessFailed ProcessStuck
-                                 CrashSearch Pong
+
+Those between the launcher and the processes it has started are in `protocol/launcher_messages.py`.
 """
 
 from __future__ import annotations
@@ -402,75 +402,6 @@ class Shutdown(Message, frozen=True):
 
 CoreToWorker = Step | StepMasks | Shutdown
 WorkerToCore = WorkerReady | StepResult
-
-# --- launcher ⇄ any process -----------------------------------------------------------------------------------------
-
-
-class Progress(Message, frozen=True):
-    """`done` of `total` units of a start-up phase, for the progress bar."""
-
-    process: str
-    phase: str
-    done: int
-    total: int
-
-
-class ProcessReady(Message, frozen=True):
-    process: str
-    details: dict[str, str | int | float] = {}
-
-
-class ProcessFailed(Message, frozen=True):
-    """The process cannot go on. It exits after sending this."""
-
-    process: str
-    message: str
-
-
-class ProcessStuck(Message, frozen=True):
-    """Another process says that this one does not answer in the epoch."""
-
-    process: str
-    epoch: int
-    message: str
-
-
-class CrashSearch(Message, frozen=True):
-    """Whether the core is looking for a request that crashes the worker: such crashes are expected."""
-
-    is_running: bool
-
-
-class Pong(Message, frozen=True):
-    process: str
-
-
-ToLauncher = Progress | ProcessReady | ProcessFailed | ProcessStuck | CrashSearch | Pong
-
-
-class ProcessLost(Message, frozen=True):
-    """The worker or the core is gone, and another one is being started: from now on it is the epoch given.
-
-    `is_from_outside` says that a signal ended it, and not what it was doing.
-    """
-
-    process: str
-    epoch: int
-    reason: str
-    is_from_outside: bool
-
-
-class EngineFailed(Message, frozen=True):
-    """The launcher gives up. Whoever waits is to be told why."""
-
-    reason: str
-
-
-class Ping(Message, frozen=True):
-    """Asks for a `Pong`."""
-
-
-FromLauncher = ProcessLost | EngineFailed | Ping
 
 
 class Malformed(msgspec.Struct, frozen=True):

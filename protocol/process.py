@@ -19,8 +19,16 @@ import zmq
 
 from protocol.config import EngineConfig
 from protocol.errors import EngineError
+from protocol.launcher_messages import (
+    CrashSearch,
+    FromLauncher,
+    Pong,
+    ProcessFailed,
+    ProcessReady,
+    ProcessStuck,
+    Progress,
+)
 from protocol.logs import configure_logging
-from protocol.messages import CrashSearch, FromLauncher, Pong, ProcessFailed, ProcessReady, ProcessStuck, Progress
 from protocol.transport import Channel, open_socket
 
 logger = logging.getLogger(__name__)

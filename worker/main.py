@@ -17,16 +17,8 @@ import zmq
 
 from protocol.config import EngineConfig, parse_steps, usable_cpus
 from protocol.errors import ConfigError
-from protocol.messages import (
-    PROTOCOL_VERSION,
-    CoreToWorker,
-    Malformed,
-    ProcessLost,
-    Shutdown,
-    Step,
-    StepMasks,
-    WorkerReady,
-)
+from protocol.launcher_messages import ProcessLost
+from protocol.messages import PROTOCOL_VERSION, CoreToWorker, Malformed, Shutdown, Step, StepMasks, WorkerReady
 from protocol.process import ChildProcess, run_child
 from protocol.transport import UNLIMITED, Channel, open_socket
 from worker.kernels import select

@@ -62,8 +62,8 @@ def test_the_metrics_of_the_table_are_those_that_are_served(engine: RunningEngin
     served = {name.partition("{")[0] for name in read_metrics(engine.http)}
     histograms = {name.removesuffix("_bucket") for name in served if name.endswith("_bucket")}
     parts = {histogram + part for histogram in histograms for part in ("_bucket", "_count", "_sum")}
-    tabled = set(re.findall(r"^\| `(vllm:\w+)` \|", PAGE, re.MULTILINE))
-    assert tabled == {name for name in (served - parts) | histograms if name.startswith("vllm:")}
+    tabled = set(re.findall(r"^\| `((?:mini_)?vllm:\w+)` \|", PAGE, re.MULTILINE))
+    assert tabled == {name for name in (served - parts) | histograms if name.startswith(("vllm:", "mini_vllm:"))}
 
 
 def test_the_dashboard_asks_for_metrics_that_are_served(engine: RunningEngine) -> None:
@@ -71,7 +71,7 @@ def test_the_dashboard_asks_for_metrics_that_are_served(engine: RunningEngine) -
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     expressions += [variable["definition"] for variable in dashboard["templating"]["list"] if "definition" in variable]
     served = {name.partition("{")[0] for name in read_metrics(engine.http)}
-    named = {name for text in expressions for name in re.findall(r"\b(?:vllm:|process_|python_)\w+", text)}
+    named = {name for text in expressions for name in re.findall(r"\b(?:(?:mini_)?vllm:|process_|python_)\w+", text)}
     assert named <= served
     # Nothing that looks like a metric has another name.
     for text in expressions:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.soak_http import KINDS, HttpRequests
 from tests.e2e.conftest import ROOT, RunningEngine
 
 SMALL = ["--num-requests", "12", "--input-len", "5-20", "--output-len", "4-9", "--no-warmup"]
@@ -120,8 +121,27 @@ def test_a_short_soak_looks_at_every_process(engine: RunningEngine) -> None:
     assert result.returncode == 0, result.stderr
     for process in ("client", "launch.py", "frontend.server", "core.engine", "worker.main"):
         assert f" {process} |" in result.stdout
-    assert "\n| 20 | 0 |" in result.stdout
-    assert "\n| 40 | 0 |" in result.stdout
+    assert "| 20 | 0 |" in result.stdout
+    assert "| 40 | 0 |" in result.stdout
+
+
+def test_a_soak_for_a_time_sends_over_both_ways_and_compares_idle_with_idle(engine: RunningEngine) -> None:
+    """Memory may grow, in so short a time; files may not."""
+    command = [sys.executable, "-m", "benchmarks.soak", "--ipc", engine.address, "--http", engine.url]
+    flags = ["--seconds", "4", "--warmup-seconds", "2", "--concurrency", "12", "--allow-percent", "100"]
+    result = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    rows = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    assert "core.engine" in rows[0]
+    assert len(rows) > 4 + 5, "too few kinds for a claim"
+    assert "| HTTP: " in result.stdout
+    assert "| IPC: run |" in result.stdout
+
+
+async def test_each_kind_of_a_soaks_http_requests_ends_as_it_should(engine: RunningEngine) -> None:
+    requests = HttpRequests(engine.url, seed=1)
+    await asyncio.gather(*map(requests.send, KINDS))
+    await requests.close_connections()
 
 
 def test_the_core_benchmark_runs() -> None:

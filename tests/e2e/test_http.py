@@ -272,7 +272,11 @@ async def test_streams_side_by_side_are_not_mixed_up(engine: RunningEngine, clie
         (TEXT, {"logprobs": 21}, 400, "logprobs", "21"),
         (CHAT, {"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs", "21"),
         (CHAT, {"echo": True}, 400, "echo", "True"),
-        (TEXT, {"best_of": 3}, 400, "best_of", "3"),
+        (TEXT, {"best_of": 3, "n": 4}, 400, "best_of", "from n, which is 4, to 128, got 3"),
+        (TEXT, {"best_of": 129}, 400, "best_of", "129"),
+        (TEXT, {"best_of": 2, "echo": True, "max_tokens": 0}, 400, "best_of", "got 2"),
+        (TEXT, {"best_of": 128, "prompt": ["a"] * 17, "stream": False}, 400, "best_of", "2176"),
+        (CHAT, {"best_of": 3}, 400, "best_of", "it can only be 1 or null, got 3"),
         (CHAT, {"response_format": {"type": "json"}}, 400, "response_format.type", "'json'"),
         (CHAT, {"tool_choice": "required"}, 400, "tool_choice", "required"),
         (TEXT, {"temprature": 0.5}, 400, "temprature", "temprature"),
@@ -286,7 +290,7 @@ def test_a_bad_value_is_refused_by_name(
     engine: RunningEngine, path: str, fields: dict[str, Any], status: int, param: str, message: str, stream: bool
 ) -> None:
     body: dict[str, Any] = {"messages": ask("hello")} if path == CHAT else {"prompt": STORY}
-    if stream and "stream_options" not in fields:
+    if stream and not {"stream", "stream_options"} & fields.keys():
         body["stream"] = True
     response = engine.http.post(path, json=body | fields)
     assert_error(response, status, param)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from tokenizers import Tokenizer
 
 from bundled import MODEL_DIR
@@ -195,3 +195,48 @@ def test_probabilities_of_a_whole_vocabulary_sum_to_one(ai: OpenAI, client: Clie
     for entry in answer.choices[0].logprobs.content:
         assert len(entry.top_logprobs) == client.engine.vocab_size
         assert sum(math.exp(each.logprob) for each in entry.top_logprobs) == pytest.approx(1, abs=1e-3)
+
+
+# --- best_of --------------------------------------------------------------------------------------------------------
+
+
+def test_best_of_returns_those_of_the_highest_mean_logprob_and_counts_all(ai: OpenAI) -> None:
+    prompts = [STORY, "The dog"]
+    options: dict[str, Any] = {"prompt": prompts, "temperature": 2, "seed": 5, "max_tokens": 12}
+    everything = complete(ai, n=6, logprobs=0, **options)
+    expected = []
+    for index in range(len(prompts)):
+        of_prompt = everything.choices[6 * index : 6 * index + 6]
+        means = [sum(each.logprobs.token_logprobs) / len(each.logprobs.tokens) for each in of_prompt]
+        ranked = sorted(zip(means, of_prompt, strict=True), key=lambda each: -each[0])
+        assert ranked[1][0] > ranked[2][0], "the worst may not be as good as the best"
+        expected += [choice.text for _, choice in ranked[:2]]
+    assert expected != [choice.text for start in (0, 6) for choice in everything.choices[start : start + 2]]
+    best = complete(ai, n=2, best_of=6, **options)
+    assert [choice.text for choice in best.choices] == expected
+    assert [choice.index for choice in best.choices] == [0, 1, 2, 3]
+    assert all(choice.logprobs is None for choice in best.choices)
+    counts = (best.usage.prompt_tokens, best.usage.completion_tokens)
+    assert counts == (everything.usage.prompt_tokens, everything.usage.completion_tokens)
+
+
+def test_best_of_goes_with_logprobs_and_echo(ai: OpenAI) -> None:
+    options: dict[str, Any] = {"temperature": 1, "seed": 5, "best_of": 4, "prompt": [STORY, "The dog"]}
+    plain = complete(ai, **options)
+    shown = complete(ai, **options, logprobs=2, echo=True)
+    for prompt, choice, alone in zip(options["prompt"], shown.choices, plain.choices, strict=True):
+        assert choice.text == prompt + alone.text
+        assert len(choice.logprobs.top_logprobs[-1]) in (2, 3)
+
+
+def test_best_of_as_many_as_are_returned_changes_nothing_even_in_a_stream(ai: OpenAI) -> None:
+    chunks = list(complete(ai, n=2, best_of=2, stream=True))
+    texts = ["".join(each.choices[0].text for each in chunks if each.choices[0].index == index) for index in (0, 1)]
+    assert texts == [choice.text for choice in complete(ai, n=2).choices]
+
+
+def test_the_best_of_more_than_are_returned_cannot_be_streamed(ai: OpenAI) -> None:
+    with pytest.raises(BadRequestError) as caught:
+        complete(ai, best_of=2, stream=True)
+    assert caught.value.param == "best_of"
+    assert "best_of must be 1, as n is, in a stream, got 2" in caught.value.message

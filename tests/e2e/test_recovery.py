@@ -18,6 +18,7 @@ from frontend import AsyncClient, SamplingParams
 from protocol.errors import EngineUnavailableError, RequestFailedError
 from tests.e2e.conftest import RunningEngine
 from tests.support.faulty_worker import POISON
+from tests.support.metrics import growth, read_metrics
 
 Start = Callable[..., RunningEngine]
 FAULTY = ("-m", "tests.support.faulty_worker", "launch")
@@ -75,10 +76,16 @@ async def test_streams_go_on_when_a_process_is_killed(recovering: RunningEngine)
     def kill(module: str) -> Callable[[], None]:
         return lambda: recovering.child(module).kill()
 
-    for order in (MODULES[:1], MODULES[1:], MODULES):
-        assert await answers_meanwhile(recovering, requests, *map(kill, order)) == expected
     with httpx.Client(base_url=recovering.url) as http:
+        before = read_metrics(http)
+        for order in (MODULES[:1], MODULES[1:], MODULES):
+            assert await answers_meanwhile(recovering, requests, *map(kill, order)) == expected
         assert http.get("/health").status_code == 200
+        restarts = growth(before, read_metrics(http))
+    assert {name: count for name, count in restarts.items() if name.startswith("mini_vllm:")} == {
+        "mini_vllm:process_restarts_total{worker}": 2,
+        "mini_vllm:process_restarts_total{core}": 2,
+    }
 
 
 @pytest.mark.parametrize("module", MODULES)

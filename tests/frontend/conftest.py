@@ -19,7 +19,7 @@ import zmq
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from protocol.config import EngineConfig, make_options
-from protocol.messages import FromLauncher, ProcessFailed, ProcessLost, ProcessReady, ToLauncher
+from protocol.launcher_messages import FromLauncher, ProcessFailed, ProcessLost, ProcessReady, ToLauncher
 from protocol.model_config import ModelConfig
 from protocol.transport import Channel, open_socket
 from tests.frontend.fake_core import BLOCK_SIZE, FakeCore

@@ -16,7 +16,8 @@ from frontend.chat_template import ChatTemplate
 from frontend.tokenizer import Tokenizer
 from protocol.config import make_options
 from protocol.errors import ConfigError
-from protocol.messages import ChatPrompt, ProcessFailed
+from protocol.launcher_messages import ProcessFailed
+from protocol.messages import ChatPrompt
 from tests.frontend.conftest import VOCAB_SIZE, Frontend, make_tokenizer
 
 MESSAGES = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}CALLS<|im_end|>\n{% endfor %}"

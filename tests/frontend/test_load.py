@@ -84,6 +84,7 @@ def test_more_than_may_wait_are_refused_before_the_core_sees_them(
     frontend: Frontend, http: httpx.Client, fill: Callable[..., Client]
 ) -> None:
     client = fill(4)
+    before = read_metrics(http)
     response = http.post("/v1/completions", json={"prompt": "one more"})
     error = error_of(response, 429)
     assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
@@ -96,6 +97,7 @@ def test_more_than_may_wait_are_refused_before_the_core_sees_them(
     assert (failed.request_id, failed.kind) == (9, "overloaded")
     assert failed.retry_after is not None
     assert len(frontend.core.added) == 4
+    assert growth(before, read_metrics(http))["mini_vllm:requests_refused_total"] == 2
     # Once they have their first tokens they run, and others may wait.
     frontend.core.step_seconds = 0.005
     frontend.core.may_step.set()

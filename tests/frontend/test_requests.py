@@ -17,13 +17,12 @@ from frontend.requests import RequestTable, RunningRequest
 from frontend.service import Service
 from frontend.tokenizer import Tokenizer
 from protocol.errors import EngineUnavailableError, InvalidRequestError
+from protocol.launcher_messages import EngineFailed, ProcessLost
 from protocol.messages import (
     AddRequest,
     ChatPrompt,
-    EngineFailed,
     Failed,
     Finished,
-    ProcessLost,
     StepOutputs,
     TextPrompt,
     TokenPrompt,

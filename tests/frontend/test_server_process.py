@@ -11,15 +11,13 @@ from pathlib import Path
 import httpx
 
 from protocol.address import socket_path
+from protocol.launcher_messages import EngineFailed, ProcessFailed, ProcessReady
 from protocol.messages import (
     PROTOCOL_VERSION,
-    EngineFailed,
     Failed,
     Generate,
     GetStats,
     Hello,
-    ProcessFailed,
-    ProcessReady,
     Refused,
     Started,
     TokenPrompt,

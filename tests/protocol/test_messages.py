@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol import messages
+from protocol import launcher_messages, messages
 from protocol.histogram import HistogramCounts
 from protocol.messages import Malformed, pack_ints, unpack_ints
 from protocol.sampling import SamplingParams
@@ -23,10 +23,8 @@ UNIONS = {
         "CoreToFrontend",
         "CoreToWorker",
         "WorkerToCore",
-        "ToLauncher",
-        "FromLauncher",
     )
-}
+} | {name: getattr(launcher_messages, name) for name in ("ToLauncher", "FromLauncher")}
 DECODERS = {name: Decoder(union) for name, union in UNIONS.items()}
 
 text = st.text(max_size=20)
@@ -125,7 +123,10 @@ ALL = [(name, kind) for name, union in UNIONS.items() for kind in typing.get_arg
 
 def test_every_message_class_travels_on_some_arrow() -> None:
     declared = {
-        kind for kind in vars(messages).values() if isinstance(kind, type) and issubclass(kind, messages.Message)
+        kind
+        for module in (messages, launcher_messages)
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, messages.Message)
     } - {messages.Message, messages.HotMessage}
     assert declared == {kind for _, kind in ALL} | set(typing.get_args(messages.Prompt))
 

@@ -1,0 +1,80 @@
+"""The messages between the launcher and the processes it has started: how they are, and what has become of the others.
+
+    launcher → any process   ProcessLost EngineFailed Ping
+    any process → launcher   Progress ProcessReady ProcessFailed ProcessStuck CrashSearch Pong
+
+They travel as those of `protocol/messages.py`, which are about requests.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from protocol.messages import Message
+
+
+class Progress(Message, frozen=True):
+    """`done` of `total` units of a start-up phase, for the progress bar."""
+
+    process: str
+    phase: str
+    done: int
+    total: int
+
+
+class ProcessReady(Message, frozen=True):
+    process: str
+    details: dict[str, str | int | float] = msgspec.field(default_factory=dict)
+
+
+class ProcessFailed(Message, frozen=True):
+    """The process cannot go on. It exits after sending this."""
+
+    process: str
+    message: str
+
+
+class ProcessStuck(Message, frozen=True):
+    """Another process says that this one does not answer in the epoch."""
+
+    process: str
+    epoch: int
+    message: str
+
+
+class CrashSearch(Message, frozen=True):
+    """Whether the core is looking for a request that crashes the worker: such crashes are expected."""
+
+    is_running: bool
+
+
+class Pong(Message, frozen=True):
+    process: str
+
+
+ToLauncher = Progress | ProcessReady | ProcessFailed | ProcessStuck | CrashSearch | Pong
+
+
+class ProcessLost(Message, frozen=True):
+    """The worker or the core is gone, and another one is being started: from now on it is the epoch given.
+
+    `is_from_outside` says that a signal ended it, and not what it was doing.
+    """
+
+    process: str
+    epoch: int
+    reason: str
+    is_from_outside: bool
+
+
+class EngineFailed(Message, frozen=True):
+    """The launcher gives up. Whoever waits is to be told why."""
+
+    reason: str
+
+
+class Ping(Message, frozen=True):
+    """Asks for a `Pong`."""
+
+
+FromLauncher = ProcessLost | EngineFailed | Ping
