@@ -271,7 +271,8 @@ class Supervisor:
 
     def _core_said_goodbye(self) -> bool:
         core = self._children.get("core")
-        return core is not None and core.exit_code == 0 and self._children["worker"].is_ready
+        # One that was being replaced may not have met the worker yet.
+        return core is not None and core.is_ready and core.exit_code == 0 and self._children["worker"].is_ready
 
 
 def _example_request(url: str, config: EngineConfig) -> list[str]:
