@@ -15,6 +15,8 @@ from core.scheduler import Scheduler
 
 # Tokens that a suspect must have beyond those known at the crash: as many as may have been on their way, and one more.
 _TOKENS_PAST_CRASH = 3
+# So many requests at fault, one after the other and none cleared between them, say that it is not the requests.
+_MOST_AT_FAULT_IN_A_ROW = 8
 
 
 class CrashSearch:
@@ -30,21 +32,37 @@ class CrashSearch:
         self._groups: list[list[Request]] = []  # still to be tested, the last one first
         self._tested: list[Request] | None = None
         self._goal: dict[Request, int] = {}  # known tokens at which a suspect is cleared
+        self._num_at_fault_in_a_row = 0
+
+    @property
+    def is_hopeless(self) -> bool:
+        """The worker crashes whatever it computes."""
+        return self._num_at_fault_in_a_row >= _MOST_AT_FAULT_IN_A_ROW
 
     def crashed(self, computed: Sequence[Request]) -> Request | None:
         """The worker crashed of itself while it computed these requests. Returns the one at fault, if it is known.
 
         Call it when the scheduler has restarted.
         """
+        tested, self._tested = self._tested, None
+        self._suspect([request for request in tested or () if request not in computed])
         for request in computed:
             self._goal[request] = len(request.token_ids) + _TOKENS_PAST_CRASH
-        suspects, self._tested = [request for request in computed if request.phase is not Phase.FINISHED], None
-        if len(suspects) > 1:
-            half = (len(suspects) + 1) // 2
-            self._groups += [suspects[half:], suspects[:half]]
+        suspects = [request for request in computed if request.phase is not Phase.FINISHED]
         self.is_running = True
         self._scheduler.admit_only(())
-        return suspects[0] if len(suspects) == 1 else None
+        # Alone is who was tested alone: beside one that is left of a crash, others may have run that have ended since.
+        if tested is not None and len(tested) == 1 and suspects == tested:
+            self._num_at_fault_in_a_row += 1
+            return suspects[0]
+        half = (len(suspects) + 1) // 2
+        self._suspect(suspects[half:])
+        self._suspect(suspects[:half])
+        return None
+
+    def _suspect(self, requests: list[Request]) -> None:
+        if requests:
+            self._groups.append(requests)
 
     def interrupted(self) -> None:
         """The worker was ended from outside: the group that was being tested is tested again."""
@@ -59,6 +77,8 @@ class CrashSearch:
             if self._tested is not None:
                 if not all(map(self._is_cleared, self._tested)):
                     return
+                if any(request.phase is not Phase.FINISHED for request in self._tested):
+                    self._num_at_fault_in_a_row = 0
                 self._tested = None
                 # What follows is tested alone, so steps that are on their way come back first.
                 self._scheduler.admit_only(())

@@ -57,6 +57,7 @@ class EngineCore:
         for source in (self._stop_reader, self._grammar_reader, child.control.socket):
             self._poller.register(source, zmq.POLLIN)
         self._clock = StepClock()
+        self._told_of_search = (False, False)
 
     def run(self) -> None:
         """Waits for the worker, then serves until SIGTERM.
@@ -70,11 +71,10 @@ class EngineCore:
                 scheduler_config(self._config, ready), ready.epoch, step_time_model(self._config)
             )
             self._search = CrashSearch(self._scheduler)
-            self._frontends = Frontends(
-                self._frontend_socket, self._scheduler, self._grammars, engine_info(self._config, ready)
-            )
+            engine = engine_info(self._config, ready)
+            self._frontends = Frontends(self._frontend_socket, self._scheduler, self._grammars, engine)
             self._poller.register(self._frontend_socket, zmq.POLLIN)
-            self._child.ready(num_blocks=ready.num_blocks - 1, max_model_len=ready.max_model_len)
+            self._greet_worker(ready)
             while not self._stopping(events := self._poller.poll(self._worker.patience_ms)):
                 self._turn({source for source, _ in events})
         self._grammars.close()
@@ -111,7 +111,8 @@ class EngineCore:
             else:
                 self._greet_worker(message)
         if self._search.is_running:
-            self._advance_search()
+            self._search.advance()
+            self._tell_of_search()
         self._send_steps()
         for effect in effects:
             self._frontends.send_effects(effect)
@@ -125,7 +126,7 @@ class EngineCore:
             return
         # A step that waits for masks goes before the next one: the worker holds one at most.
         self._send_masks()
-        while self._scheduler.num_in_flight < self._depth:
+        while self._worker.is_ready and self._scheduler.num_in_flight < self._depth:
             step = self._scheduler.schedule(time.perf_counter())
             if step is None:
                 return
@@ -153,29 +154,34 @@ class EngineCore:
         """Puts what the worker had back into the queue, and waits for the next worker."""
         self._worker.reopen(lost.epoch)
         self._clock = StepClock()
+        self._frontends.has_worker = False
         computed = self._scheduler.restart(lost.epoch)
         if lost.is_from_outside:
             self._search.interrupted()
             return
-        culprit = self._search.crashed(computed)
-        if culprit is not None:
-            self._frontends.fail(culprit, f"the worker crashed while it computed this request alone: {lost.reason}")
-        self._advance_search()
-        self._child.searches_crash(self._search.is_running)
+        # One that dies before it has computed anything fails to start, and no request is to blame.
+        if computed or self._search.is_running:
+            culprit = self._search.crashed(computed)
+            if culprit is not None:
+                self._frontends.fail(culprit, f"the worker crashed while it computed this request alone: {lost.reason}")
+            self._search.advance()
+            self._tell_of_search()
 
     def _greet_worker(self, ready: WorkerReady) -> None:
-        """Goes on with another worker."""
+        """Goes on with a worker."""
         if ready.num_blocks != self._scheduler.config.num_blocks:
             raise EngineError(
                 f"the new worker has {ready.num_blocks} blocks, the one before had {self._scheduler.config.num_blocks}"
             )
         self._frontends.announce_worker()
-        self._child.ready(num_blocks=ready.num_blocks - 1, max_model_len=ready.max_model_len)
+        self._child.ready(epoch=ready.epoch, num_blocks=ready.num_blocks - 1)
 
-    def _advance_search(self) -> None:
-        self._search.advance()
-        if not self._search.is_running:
-            self._child.searches_crash(False)
+    def _tell_of_search(self) -> None:
+        """Tells the launcher whether crashes are to be expected, if that has changed."""
+        state = self._search.is_running, self._search.is_hopeless
+        if state != self._told_of_search:
+            self._told_of_search = state
+            self._child.searches_crash(*state)
 
 
 def scheduler_config(config: EngineConfig, ready: WorkerReady) -> SchedulerConfig:

@@ -32,7 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 class Frontends:
-    """Serves every frontend on one ROUTER socket. A frontend is numbered when it says hello."""
+    """Serves every frontend on one ROUTER socket. A frontend is numbered when it says hello.
+
+    Attributes:
+        has_worker: whether there is a worker; frontends that come while there is none hear of it when there is.
+    """
 
     def __init__(self, socket: zmq.Socket, scheduler: Scheduler, grammars: Grammars, engine: EngineInfo) -> None:
         self._channel = Channel(socket, FrontendToCore)
@@ -41,6 +45,7 @@ class Frontends:
         self._engine = engine
         self._index_of: dict[bytes, int] = {}
         self._identities: list[bytes] = []
+        self.has_worker = False
 
     def receive_all(self) -> None:
         """Handles every message that has arrived."""
@@ -70,10 +75,12 @@ class Frontends:
         if identity not in self._index_of:
             self._index_of[identity] = len(self._identities)
             self._identities.append(identity)
-        self._send(identity, CoreReady(PROTOCOL_VERSION, self._scheduler.epoch, self._engine))
+        if self.has_worker:
+            self._send(identity, CoreReady(PROTOCOL_VERSION, self._scheduler.epoch, self._engine))
 
     def announce_worker(self) -> None:
-        """Tells all that there is a worker again."""
+        """Tells all that there is a worker."""
+        self.has_worker = True
         for identity in self._identities:
             self._send(identity, CoreReady(PROTOCOL_VERSION, self._scheduler.epoch, self._engine))
 

@@ -78,13 +78,13 @@ class WorkerLink:
         return None
 
     def send(self, message: Step | StepMasks) -> None:
-        """Raises EngineError if the worker takes nothing more, which it does as long as it lives."""
+        """Sends to the worker. What cannot be sent is dropped: the worker is gone, and its loss is about to be told."""
         if isinstance(message, Step):
             if not self._num_unanswered:
                 self._last_progress = time.monotonic()
             self._num_unanswered += 1
         if not self._channel.send(message):
-            raise EngineError("the worker no longer takes steps")
+            self.is_ready = False
 
     @property
     def patience_ms(self) -> int | None:

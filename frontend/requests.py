@@ -233,14 +233,18 @@ class RequestTable:
 
     def replay(self) -> None:
         """Hands every running request to a core that knows none of them, each with what it has generated so far."""
-        for request in self._running.values():
+        for request in list(self._running.values()):
             message = request.message
             if request.token_ids:
                 # What was measured of the prompt has been handed out with the first token.
                 params = msgspec.structs.replace(message.params, prompt_logprobs=None)
                 generated = pack_ints(request.token_ids)
                 message = msgspec.structs.replace(message, params=params, generated_token_ids=generated)
-            self._core.send(message)
+            if not self._core.send(message) and self._forget(request):
+                self._count_end(request, "error")
+                reason = "the engine has recovered, and does not take this request again: too many wait"
+                request.sink.fail(request, Failed(request.tag, "unavailable", reason))
+                request.sink.flush()
 
     def abort(self, requests: Iterable[RunningRequest]) -> None:
         """Forgets requests whose sink has left, and tells the core. Ended ones among them are left alone."""

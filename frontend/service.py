@@ -70,6 +70,7 @@ class Service:
         self.metrics = RequestMetrics(config.max_model_len)
         self._why_unavailable: str | None = None
         self._epoch = config.epoch  # which the last loss began
+        self._met_epoch = config.epoch  # of which the core has said that there is a worker
         self.admission = Admission(AdmissionLimits.of(config.options))
         self.core = CoreLink(context, config.core_address(config.epoch), self)
         # Two threads, so that one very long text does not hold up all others.
@@ -163,6 +164,7 @@ class Service:
     def on_core_ready(self, epoch: int, is_new: bool) -> None:
         if is_new:
             self.requests.replay()
+        self._met_epoch = epoch
         # Something else may have been lost meanwhile.
         if self.state == "recovering" and epoch >= self._epoch:
             self.state, self._why_unavailable = "ready", None
@@ -172,7 +174,9 @@ class Service:
         if isinstance(message, ProcessLost):
             self._epoch = message.epoch
             self.metrics.restarts[message.process] += 1
-            self._recover(message.reason)
+            # The core may have been quicker to say that there is a worker again.
+            if message.epoch > self._met_epoch:
+                self._recover(message.reason)
             if message.process == "core":
                 self.core.reconnect(self.config.core_address(message.epoch))
         elif isinstance(message, EngineFailed):

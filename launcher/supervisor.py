@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,7 @@ from launcher.child import MODULES, Child
 from launcher.console import Console
 from protocol.config import EngineConfig
 from protocol.launcher_messages import (
-    CrashSearch,
+    CrashSearchState,
     EngineFailed,
     Ping,
     Pong,
@@ -65,6 +65,10 @@ class Supervisor:
         self._deaths: dict[str, deque[float]] = {name: deque() for name in MODULES}
         self._searches_crash = False
         self._lost_at: float | None = None
+        # Core and worker have met in this epoch; since when both have been there without having met in the latest.
+        self._met_epoch = 0
+        self._apart_since = 0.0
+        self._is_draining = False
         self._core_silence = min(config.step_timeout, _MOST_CORE_SILENCE_S)
         self._start_patience = _START_PATIENCE_S
         self._last_turn = self._last_ping = self._started = time.monotonic()
@@ -80,7 +84,9 @@ class Supervisor:
             # The worker has the most to import and to load.
             for name in reversed(MODULES):
                 self._start(name)
-            error = self._supervise()
+            error = self._supervise(self._stop_requested.is_set)
+            if error is None and self._is_serving:
+                error = self._drain()
         finally:
             self._console.close()
             if error is not None and "frontend" in self._children:
@@ -97,22 +103,38 @@ class Supervisor:
 
     def _start(self, name: str) -> None:
         config = msgspec.structs.replace(self._config, epoch=self._epoch)
+        if name != "frontend":
+            # The others have no use for the keys.
+            config = msgspec.structs.replace(config, options=msgspec.structs.replace(config.options, api_key=()))
         child = Child(name, config, self._context, self._lifeline_read)
         self._poller.register(child.exited, zmq.POLLIN)
         self._children[name] = child
+        # Waits for the process to listen, so that the answer says that it does.
+        if name == "core":
+            child.send(Ping())
 
-    def _supervise(self) -> str | None:
-        """Looks after the processes until the engine is to stop; returns the reason if that is an error."""
-        while not self._stop_requested.is_set():
+    def _supervise(self, is_over: Callable[[], bool]) -> str | None:
+        """Looks after the processes until it is over; returns the reason if the engine cannot go on."""
+        while not is_over():
             self._poller.poll(_POLL_MS)
             error = self._take_reports()
             for child in list(self._children.values()):
+                if self._is_draining and child.name == "frontend":
+                    continue
                 if error is None and child.has_exited:
                     error = self._take_reports(_LAST_REPORT_MS) or self._bury(child)
             if error is not None:
                 return error
             self._look_for_stuck()
         return None
+
+    def _drain(self) -> str | None:
+        """Lets the frontend end what runs, as `--shutdown-timeout` allows, and keeps the others running for it."""
+        frontend = self._children["frontend"]
+        self._is_draining = True
+        end = time.monotonic() + self._config.options.shutdown_timeout + _STOP_SECONDS
+        frontend.terminate()
+        return self._supervise(lambda: frontend.has_exited or time.monotonic() > end)
 
     # --- reports ----------------------------------------------------------------------------------------------------
 
@@ -129,28 +151,41 @@ class Supervisor:
         if isinstance(report, Progress):
             if not self._is_serving:
                 self._console.progress(report)
-        elif isinstance(report, ProcessReady):
-            self._on_ready(report)
-        elif isinstance(report, ProcessFailed):
-            if not self._is_serving:
-                return report.message
-            self._children[report.process].kill(report.message)
         elif isinstance(report, ProcessStuck):
             # It may have been replaced meanwhile.
             if report.epoch == self._epoch:
                 self._children[report.process].kill(report.message)
-        elif isinstance(report, CrashSearch):
-            self._searches_crash = report.is_running
-        elif isinstance(report, Pong):
-            self._children[report.process].last_heard = time.monotonic()
-            self._children[report.process].has_answered = True
         elif isinstance(report, Malformed):
             return f"a process sent a malformed report: {report.reason}"
+        elif isinstance(report, CrashSearchState):
+            if report.epoch == self._children["core"].epoch:
+                self._searches_crash = report.is_running
+                if report.is_hopeless:
+                    return "the worker process crashes whatever request it computes"
+        elif isinstance(report, ProcessReady | ProcessFailed | Pong):
+            child = self._children[report.process]
+            if report.epoch == child.epoch:
+                return self._handle_own(child, report)
         return None
 
-    def _on_ready(self, report: ProcessReady) -> None:
-        self._children[report.process].is_ready = True
+    def _handle_own(self, child: Child, report: ProcessReady | ProcessFailed | Pong) -> str | None:
+        """What a process says of itself."""
+        if isinstance(report, ProcessReady):
+            self._on_ready(child, report)
+        elif isinstance(report, Pong):
+            child.last_heard = time.monotonic()
+            child.has_answered = True
+        elif self._is_serving:
+            child.kill(report.message)
+        else:
+            return report.message
+        return None
+
+    def _on_ready(self, child: Child, report: ProcessReady) -> None:
+        child.is_ready = True
         self._details[report.process] = report
+        if report.process == "core":
+            self._met_epoch = int(report.details["epoch"])
         if not self._is_serving and len(self._details) == len(MODULES):
             self._is_serving = True
             self._announce()
@@ -158,7 +193,7 @@ class Supervisor:
             num_blocks = int(self._details["core"].details["num_blocks"])
             options = msgspec.structs.replace(self._config.options, num_gpu_blocks_override=num_blocks)
             self._config = msgspec.structs.replace(self._config, options=options)
-        elif report.process == "core" and self._lost_at is not None:
+        elif self._met_epoch == self._epoch and self._lost_at is not None:
             seconds = time.monotonic() - self._lost_at
             self._lost_at = None
             self._console.warn(f"recovered after {seconds:.1f} s")
@@ -210,6 +245,7 @@ class Supervisor:
         lost = ProcessLost(child.name, self._epoch, child.reason, child.ended_from_outside)
         child.close()
         if child.name == "core":
+            self._searches_crash = False
             # The sockets that it served on; the new epoch's are others.
             for path in Path(self._config.run_directory).iterdir():
                 if path.name.startswith(("core-", "worker-")) and path.is_socket():
@@ -231,15 +267,17 @@ class Supervisor:
         return len(deaths)
 
     def _look_for_stuck(self) -> None:
-        """Kills a core that has not answered for too long, and what does not come up again.
+        """Kills a core that has not answered for too long, what does not come up again, and a worker that does not
+        meet the core.
 
-        What a worker owes is for the core to notice.
+        Once they have met, what the worker owes is for the core to notice.
         """
         now, interval = time.monotonic(), self._core_silence / 4
         if not self._is_serving or now - self._last_turn > interval:
             # If this process itself was stopped for a while, the others may have been too.
             for child in self._children.values():
                 child.last_heard = now
+            self._apart_since = now
         self._last_turn = now
         core, worker = self._children["core"], self._children["worker"]
         if now - self._last_ping > interval:
@@ -250,6 +288,10 @@ class Supervisor:
         for child, is_up in ((core, core.has_answered), (worker, worker.is_ready)):
             if not is_up and now - child.last_heard > self._start_patience:
                 child.kill(f"the {child.name} process has not started within {self._start_patience:.0f} s")
+        if self._met_epoch == self._epoch or not (core.has_answered and worker.is_ready):
+            self._apart_since = now
+        elif now - self._apart_since > self._config.step_timeout:
+            worker.kill(f"the worker process has not met the core within {self._config.step_timeout:g} s")
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -262,8 +304,7 @@ class Supervisor:
             # The core tells the worker to stop, so that the GPU is freed after the last step.
             if name != "worker" or not self._core_said_goodbye():
                 child.terminate()
-            patience = _STOP_SECONDS + (self._config.options.shutdown_timeout if name == "frontend" else 0.0)
-            if not child.wait(patience):
+            if not child.wait(_STOP_SECONDS):
                 self._console.warn(f"the {name} process does not stop; killing it")
                 child.kill("it does not stop")
                 child.wait()

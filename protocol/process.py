@@ -20,7 +20,7 @@ import zmq
 from protocol.config import EngineConfig
 from protocol.errors import EngineError
 from protocol.launcher_messages import (
-    CrashSearch,
+    CrashSearchState,
     FromLauncher,
     Pong,
     ProcessFailed,
@@ -56,19 +56,19 @@ class ChildProcess:
         self._launcher.send(Progress(self.name, phase, done, total))
 
     def ready(self, **details: str | int | float) -> None:
-        self._launcher.send(ProcessReady(self.name, details))
+        self._launcher.send(ProcessReady(self.name, self.config.epoch, details))
 
     def failed(self, message: str) -> None:
-        self._launcher.send(ProcessFailed(self.name, message))
+        self._launcher.send(ProcessFailed(self.name, self.config.epoch, message))
 
     def found_stuck(self, process: str, epoch: int, message: str) -> None:
         self._launcher.send(ProcessStuck(process, epoch, message))
 
-    def searches_crash(self, is_running: bool) -> None:
-        self._launcher.send(CrashSearch(is_running))
+    def searches_crash(self, is_running: bool, is_hopeless: bool = False) -> None:
+        self._launcher.send(CrashSearchState(self.config.epoch, is_running, is_hopeless))
 
     def pong(self) -> None:
-        self._launcher.send(Pong(self.name))
+        self._launcher.send(Pong(self.name, self.config.epoch))
 
     def close(self) -> None:
         self.control.close()

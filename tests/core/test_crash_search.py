@@ -6,6 +6,7 @@ import pytest
 
 from core.crash_search import CrashSearch
 from tests.core.test_scheduler import Engine, make_scheduler, prompt_of, pseudo_token
+from tests.support.null_worker import NullWorker
 
 
 class WorkerCrashed(Exception):
@@ -39,9 +40,8 @@ class CrashingEngine(Engine):
 
     def survive(self) -> None:
         self.num_crashes += 1
-        computed = list(self.scheduler._running)
-        self.lose_worker()
-        culprit = self.search.crashed(computed)
+        self.worker = NullWorker(self.scheduler.config.block_size, self.worker.rule)
+        culprit = self.search.crashed(self.scheduler.restart(self.scheduler.epoch + 1))
         if culprit is not None:
             self.blamed.append(culprit.request_id)
             failed = self.scheduler.fail(culprit, "it crashes the worker")
@@ -49,7 +49,7 @@ class CrashingEngine(Engine):
         self.search.advance()
 
     def run(self) -> None:
-        while True:
+        while not self.search.is_hopeless:
             try:
                 while self.send():
                     pass
@@ -156,3 +156,45 @@ def test_a_kill_from_outside_blames_nobody_and_does_not_end_the_search() -> None
         engine.run()
         assert engine.blamed == [7]
         engine.check_survivors()
+
+
+def test_who_is_left_of_a_crash_is_tested_before_it_is_blamed() -> None:
+    engine = CrashingEngine({0: 8}, 2)
+    survive = engine.survive
+
+    def survive_after_a_leave() -> None:
+        if engine.num_crashes == 0:
+            # Request 0 hangs the worker, and its client has left when that is noticed.
+            engine.abort(0)
+        survive()
+
+    engine.survive = survive_after_a_leave  # type: ignore[method-assign]
+    engine.run()
+    assert engine.num_crashes == 1
+    assert engine.blamed == []
+    assert len(engine.tokens[1]) == 30
+
+
+def test_a_worker_that_dies_while_it_starts_clears_nobody() -> None:
+    engine = CrashingEngine({4: 15}, 9)
+    survive = engine.survive
+
+    def survive_twice() -> None:
+        survive()
+        if engine.num_crashes in (2, 3):
+            # The group is chosen, and the next worker ends before it has computed anything.
+            assert engine.search.crashed(engine.scheduler.restart(engine.scheduler.epoch + 1)) is None
+            engine.search.advance()
+
+    engine.survive = survive_twice  # type: ignore[method-assign]
+    engine.run()
+    assert engine.blamed == [4]
+    engine.check_survivors()
+
+
+def test_a_worker_that_crashes_whatever_it_computes_is_not_the_requests_fault() -> None:
+    engine = CrashingEngine(dict.fromkeys(range(25), 0), 25)
+    engine.run()
+    assert engine.search.is_hopeless
+    assert len(engine.blamed) == 8
+    assert engine.num_crashes < 25

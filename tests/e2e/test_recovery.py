@@ -98,6 +98,16 @@ async def test_a_process_that_no_longer_answers_is_replaced(recovering: RunningE
     assert "not answered for 2 s" in recovering.output
 
 
+async def test_a_stopped_worker_is_replaced_though_the_core_dies_too(recovering: RunningEngine) -> None:
+    requests = make_requests(8)
+    expected = await answers(recovering.address, requests)
+    stopped = recovering.child("worker.main")
+    actions = (lambda: stopped.send_signal(signal.SIGSTOP), recovering.child("core.engine").kill)
+    assert await answers_meanwhile(recovering, requests, *actions) == expected
+    assert not stopped.is_running()
+    assert "has not met the core within 2 s" in recovering.output
+
+
 async def test_health_says_why_and_requests_wait_while_the_engine_recovers(recovering: RunningEngine) -> None:
     expected = await answers(recovering.address, make_requests(2))
     async with httpx.AsyncClient(base_url=recovering.url, timeout=60) as http:
@@ -153,6 +163,24 @@ async def test_a_client_that_leaves_during_recovery_leaves_nothing_behind(recove
             while (stats := await client.stats()).num_running or stats.num_waiting:
                 await asyncio.sleep(0.05)
         assert stats.num_free_blocks == stats.num_blocks
+
+
+def test_streams_go_on_when_a_process_dies_while_the_engine_stops(start_engine: Start, tmp_path: Path) -> None:
+    engine = start_engine("--port", "0", "--shutdown-timeout", "20").wait_until_ready()
+    requests = make_requests(8)
+
+    async def run() -> None:
+        expected = await answers(engine.address, requests)
+
+        def stop_and_kill() -> None:
+            engine.process.terminate()
+            engine.child("worker.main").kill()
+
+        assert await answers_meanwhile(engine, requests, stop_and_kill) == expected
+
+    asyncio.run(run())
+    assert engine.wait() == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("module", MODULES)

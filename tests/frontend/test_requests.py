@@ -373,6 +373,10 @@ async def test_a_lost_worker_is_told_of_until_there_is_another(setup: Setup) -> 
     setup.service.on_core_ready(1, is_new=False)
     assert setup.service.state == "ready"
     assert setup.service.unavailable_reason is None
+    # The core may be heard before the launcher.
+    setup.service.on_core_ready(2, is_new=False)
+    setup.service.on_launcher(b"", ProcessLost("worker", 2, "the worker was killed", True))
+    assert setup.service.state == "ready"
     await setup.until(lambda: len(request.token_ids) > 0)
     assert len(setup.core.added) == 1
     setup.service.requests.abort([request])
