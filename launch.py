@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launcher.console import Console
 from launcher.supervisor import Supervisor
-from protocol.address import AddressLock, default_address, private_directory, socket_path
+from protocol.address import AddressLock, default_address, private_directory, require_short, socket_path
 from protocol.config import EngineOptions, parse_arguments
 from protocol.errors import ConfigError
 from protocol.process import LIFELINE_VARIABLE
@@ -39,6 +39,7 @@ def launch(options: EngineOptions, console: Console) -> int:
     lock = AddressLock(address)
     run_directory = Path(tempfile.mkdtemp(prefix="run-", dir=directory))
     try:
+        require_short(run_directory)
         supervisor = Supervisor(resolve(options, run_directory), console)
         _on_stop_signals(supervisor.stop)
         _watch_lifeline(supervisor)

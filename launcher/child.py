@@ -11,6 +11,7 @@ from pathlib import Path
 
 import zmq
 
+from protocol.address import socket_path
 from protocol.config import API_KEY_VARIABLE, EngineConfig
 from protocol.launcher_messages import FromLauncher
 from protocol.process import LIFELINE_VARIABLE
@@ -30,7 +31,8 @@ class Child:
         exited: a descriptor that becomes readable when the process ends.
         is_ready: it has said so.
         failure: what it said went wrong, or why it had to be killed.
-        last_heard: when it last answered a ping, of `time.monotonic()`.
+        last_heard: when it last answered a ping, or was started, of `time.monotonic()`.
+        has_answered: it has answered a ping.
     """
 
     def __init__(self, name: str, config: EngineConfig, context: zmq.Context, lifeline: int) -> None:
@@ -39,11 +41,12 @@ class Child:
         self.is_ready = False
         self.failure: str | None = None
         self.last_heard = time.monotonic()
+        self.has_answered = False
         self._was_stopped = False
-        config_file = Path(config.run_directory) / f"{name}-{config.epoch}.json"
-        config.save(config_file)
+        self._config_file = Path(config.run_directory) / f"{name}-{config.epoch}.json"
+        config.save(self._config_file)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", MODULES[name], str(config_file)],
+            [sys.executable, "-m", MODULES[name], str(self._config_file)],
             stdin=lifeline,
             env=_environment(),
             # In a session of its own, so that Ctrl-C reaches the launcher alone, which stops the rest in order.
@@ -51,7 +54,9 @@ class Child:
         )
         self.exited = os.pidfd_open(self._process.pid)
         # It is this side that connects, so that what is sent before the process listens waits for it.
-        self._control = Channel(open_socket(context, zmq.PUSH, connect=config.control_address(name)), None)
+        address = config.control_address(name)
+        self._control_socket = socket_path(address)
+        self._control = Channel(open_socket(context, zmq.PUSH, connect=address), None)
         self._control.socket.setsockopt(zmq.LINGER, 0)
 
     def send(self, message: FromLauncher) -> None:
@@ -101,6 +106,9 @@ class Child:
     def close(self) -> None:
         """Forgets a process that has ended."""
         self._control.close()
+        self._config_file.unlink(missing_ok=True)
+        # One that was killed has left its socket.
+        self._control_socket.unlink(missing_ok=True)
         os.close(self.exited)
 
 

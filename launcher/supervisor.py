@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -41,6 +42,8 @@ _LAST_REPORT_MS = 20
 _STOP_SECONDS = 10.0
 # The core answers within a step's time, whatever the worker does.
 _MOST_CORE_SILENCE_S = 60.0
+# What a process may take to start again: as long as this, or as long as so many times the first start took.
+_START_PATIENCE_S, _START_PATIENCE_TIMES = 60.0, 4
 
 
 class Supervisor:
@@ -63,6 +66,7 @@ class Supervisor:
         self._searches_crash = False
         self._lost_at: float | None = None
         self._core_silence = min(config.step_timeout, _MOST_CORE_SILENCE_S)
+        self._start_patience = _START_PATIENCE_S
         self._last_turn = self._last_ping = self._started = time.monotonic()
 
     def stop(self) -> None:
@@ -107,7 +111,7 @@ class Supervisor:
                     error = self._take_reports(_LAST_REPORT_MS) or self._bury(child)
             if error is not None:
                 return error
-            self._look_after_core()
+            self._look_for_stuck()
         return None
 
     # --- reports ----------------------------------------------------------------------------------------------------
@@ -139,6 +143,7 @@ class Supervisor:
             self._searches_crash = report.is_running
         elif isinstance(report, Pong):
             self._children[report.process].last_heard = time.monotonic()
+            self._children[report.process].has_answered = True
         elif isinstance(report, Malformed):
             return f"a process sent a malformed report: {report.reason}"
         return None
@@ -162,6 +167,7 @@ class Supervisor:
         frontend, worker = self._details["frontend"].details, self._details["worker"].details
         tokens = worker["kv_cache_tokens"]
         seconds = time.monotonic() - self._started
+        self._start_patience = max(_START_PATIENCE_S, _START_PATIENCE_TIMES * seconds)
         lines = [
             f"{self._config.model_name} on {worker['device']} ({self._config.dtype}, "
             f"{self._config.attention_backend} attention, KV cache of {tokens:,} tokens), "
@@ -203,6 +209,11 @@ class Supervisor:
             self._lost_at = time.monotonic()
         lost = ProcessLost(child.name, self._epoch, child.reason, child.ended_from_outside)
         child.close()
+        if child.name == "core":
+            # The sockets that it served on; the new epoch's are others.
+            for path in Path(self._config.run_directory).iterdir():
+                if path.name.startswith(("core-", "worker-")) and path.is_socket():
+                    path.unlink()
         self._start(child.name)
         for other in self._children.values():
             if other.name != child.name:
@@ -219,18 +230,26 @@ class Supervisor:
             deaths.popleft()
         return len(deaths)
 
-    def _look_after_core(self) -> None:
-        """Kills a core that has not answered for too long. What the worker owes is for the core to notice."""
-        now, core = time.monotonic(), self._children["core"]
-        if not core.is_ready or now - self._last_turn > self._core_silence / 4:
-            # If this process itself was stopped for a while, the core may have been too.
-            core.last_heard = now
+    def _look_for_stuck(self) -> None:
+        """Kills a core that has not answered for too long, and what does not come up again.
+
+        What a worker owes is for the core to notice.
+        """
+        now, interval = time.monotonic(), self._core_silence / 4
+        if not self._is_serving or now - self._last_turn > interval:
+            # If this process itself was stopped for a while, the others may have been too.
+            for child in self._children.values():
+                child.last_heard = now
         self._last_turn = now
-        if now - self._last_ping > self._core_silence / 4:
+        core, worker = self._children["core"], self._children["worker"]
+        if now - self._last_ping > interval:
             self._last_ping = now
             core.send(Ping())
-        if now - core.last_heard > self._core_silence:
+        if core.has_answered and now - core.last_heard > self._core_silence:
             core.kill(f"the core process has not answered for {self._core_silence:g} s")
+        for child, is_up in ((core, core.has_answered), (worker, worker.is_ready)):
+            if not is_up and now - child.last_heard > self._start_patience:
+                child.kill(f"the {child.name} process has not started within {self._start_patience:.0f} s")
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -252,7 +271,8 @@ class Supervisor:
 
     def _core_said_goodbye(self) -> bool:
         core = self._children.get("core")
-        return core is not None and core.exit_code == 0 and self._children["worker"].is_ready
+        # One that was being replaced may not have met the worker yet.
+        return core is not None and core.is_ready and core.exit_code == 0 and self._children["worker"].is_ready
 
 
 def _example_request(url: str, config: EngineConfig) -> list[str]:

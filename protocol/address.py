@@ -16,8 +16,10 @@ from pathlib import Path
 
 from protocol.errors import ConfigError
 
-# The kernel's limit for a Unix socket path, with its terminating zero.
+# The kernel's limit for a Unix socket path, without its terminating zero.
 _MAX_SOCKET_PATH_BYTES = 107
+# The longest name of a socket in an engine's own directory, with the epoch in three digits.
+_LONGEST_INNER_NAME = "to-worker-999"
 # A client that looks whether an engine is running holds the lock for an instant.
 _LOCK_PATIENCE_S = 0.1
 
@@ -47,6 +49,15 @@ def socket_path(address: str) -> Path:
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
         raise ConfigError(f"--ipc path is longer than {_MAX_SOCKET_PATH_BYTES} bytes, which no socket can have: {path}")
     return path
+
+
+def require_short(run_directory: Path) -> None:
+    """Raises ConfigError if the sockets in this directory would have longer paths than a socket can have."""
+    if len(os.fsencode(run_directory / _LONGEST_INNER_NAME)) > _MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(
+            f"the paths of sockets in {run_directory} are longer than {_MAX_SOCKET_PATH_BYTES} bytes; choose an "
+            "address in a directory with a shorter path with --ipc"
+        )
 
 
 def private_directory(path: Path) -> Path:

@@ -155,15 +155,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def core_address(self, epoch: int) -> str:
         """Where the core of an epoch serves frontends."""
-        return f"ipc://{self.run_directory}/core-{epoch}.sock"
+        return f"ipc://{self.run_directory}/core-{epoch}"
 
     def worker_address(self, epoch: int) -> str:
         """Where core and worker meet in an epoch."""
-        return f"ipc://{self.run_directory}/worker-{epoch}.sock"
+        return f"ipc://{self.run_directory}/worker-{epoch}"
 
     def control_address(self, process: str) -> str:
         """Where a process listens to the launcher."""
-        return f"ipc://{self.run_directory}/to-{process}-{self.epoch}.sock"
+        return f"ipc://{self.run_directory}/to-{process}-{self.epoch}"
 
     @property
     def launcher_address(self) -> str:

@@ -20,6 +20,7 @@ from protocol.messages import (
     PROTOCOL_VERSION,
     Abort,
     ChatPrompt,
+    ClientMessage,
     EngineInfo,
     Failed,
     Finished,
@@ -257,11 +258,11 @@ async def test_a_python_client_survives_a_hostile_engine(tmp_path: Path) -> None
         for start in range(0, len(frames), 200):
             client = AsyncClient(address, timeout=5)
             connecting = asyncio.ensure_future(client.connect())
-            identity = await _identity_of(router)
+            identity = await _sender_of(router, Hello)
             router.send_multipart([identity, encode(answers[0])])
             await connecting
             generating = asyncio.ensure_future(client.generate([1, 2], FEW))
-            await _identity_of(router)
+            await _sender_of(router, Generate)
             for frame in frames[start : start + 200]:
                 router.send_multipart([identity, frame])
             router.send_multipart([identity, encode(answers[3])])
@@ -273,10 +274,13 @@ async def test_a_python_client_survives_a_hostile_engine(tmp_path: Path) -> None
         lock.release()
 
 
-async def _identity_of(router: zmq.Socket) -> bytes:
-    """Who sent the next message."""
+async def _sender_of(router: zmq.Socket, kind: type) -> bytes:
+    """Who sent the next message of this kind; others, which earlier clients may have sent, are passed over."""
+    decode = Decoder(ClientMessage)
     for _ in range(1000):
-        if router.poll(0):
-            return router.recv_multipart()[0]
+        while router.poll(0):
+            identity, frame = router.recv_multipart()
+            if isinstance(decode(frame), kind):
+                return identity
         await asyncio.sleep(0.005)
     raise AssertionError("nothing came")

@@ -137,6 +137,15 @@ def test_a_hub_id_without_a_network_names_the_command_to_run(tmp_path: Path) -> 
     assert "hf download Qwen/Qwen3-0.6B" in result.stderr
 
 
+def test_an_address_with_a_long_path_is_refused_by_name(start_engine: Start, tmp_path: Path) -> None:
+    directory = tmp_path / ("d" * (90 - len(str(tmp_path))))
+    directory.mkdir(mode=0o700)
+    engine = start_engine("--port", "0", directory=directory)
+    assert engine.wait() == 2
+    assert f"error: the paths of sockets in {directory}" in engine.output
+    assert list(directory.iterdir()) == []
+
+
 def test_a_port_in_use_is_named(start_engine: Start) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -155,6 +155,22 @@ async def test_a_client_that_leaves_during_recovery_leaves_nothing_behind(recove
         assert stats.num_free_blocks == stats.num_blocks
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_an_engine_that_is_stopped_while_it_recovers_ends_in_order(
+    start_engine: Start, module: str, tmp_path: Path
+) -> None:
+    engine = start_engine("--port", "0", "--shutdown-timeout", "1").wait_until_ready()
+    engine.child(module).kill()
+    engine.wait_for("starting it again")
+    children = engine.children()
+    start = time.monotonic()
+    engine.process.terminate()
+    assert engine.wait() == 0
+    assert time.monotonic() - start < 8
+    assert not [child for child in children if child.is_running()]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_engine_whose_worker_dies_again_and_again_gives_up(start_engine: Start, tmp_path: Path) -> None:
     engine = start_engine("--port", "0", "--give-up-after", "2").wait_until_ready()
     children = engine.children()
@@ -208,7 +224,7 @@ def test_the_request_that_crashes_the_worker_is_found_and_the_others_go_on(
     start_engine: Start, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULT", fault)
-    flags = ("--port", "0", "--give-up-after", "2", "--step-timeout", "2")
+    flags = ("--port", "0", "--give-up-after", "2", "--step-timeout", "1")
     engine = start_engine(*flags, launcher=FAULTY).wait_until_ready()
     requests = [(prompt, msgspec.structs.replace(params, max_tokens=300)) for prompt, params in make_requests(3)]
     poison = ([1, POISON, POISON, 2], SamplingParams(max_tokens=50, ignore_eos=True))

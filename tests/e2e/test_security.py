@@ -223,9 +223,15 @@ def test_a_key_in_an_error_of_the_configuration_is_not_shown() -> None:
 def test_the_files_of_a_running_engine_are_its_users_alone(engine: RunningEngine) -> None:
     files = [path for path in Path(engine.directory).rglob("*") if not path.is_dir()]
     sockets = [path for path in files if stat.S_ISSOCK(path.stat().st_mode)]
-    assert {path.name for path in sockets} == {"engine.sock", "core.sock", "worker.sock", "launcher.sock"}
+    controls = {"to-frontend-0", "to-core-0", "to-worker-0"}
+    assert {path.name for path in sockets} == {
+        "engine.sock",
+        "core-0",
+        "worker-0",
+        "launcher.sock",
+    } | controls
     for path in files:
-        if path.name.endswith((".sock", ".lock", "config.json")):
+        if path in sockets or path.suffix in (".lock", ".json"):
             assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
     for directory in {path.parent for path in files}:
         assert stat.S_IMODE(directory.stat().st_mode) == 0o700, directory

@@ -265,7 +265,8 @@ def test_filtered_draws_follow_the_distribution(filters: tuple[float, int, float
     draws, at_once, tokens = 100_000, 250, 60
     where = torch.randperm(VOCAB)[:tokens]
     logits = torch.full((VOCAB,), -torch.inf)
-    logits[where] = torch.linspace(-1.5, 1.5, tokens)
+    # transformers, if loaded, replaces `linspace` by one that knows nothing of the default device.
+    logits[where] = torch.linspace(-1.5, 1.5, tokens, device="cuda")
     logits = logits.to(BF16)
     options = (
         torch.tensor([temperature]), torch.tensor([top_k], dtype=torch.int32), torch.tensor([top_p]),
