@@ -157,7 +157,7 @@ class StepResults:
         return torch.empty((rows, packed_size(width)), dtype=torch.int32, device=self._device)
 
     def _host_buffer(self, *shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.int32, pin_memory=self._on_gpu)
+        return torch.zeros(shape, dtype=torch.int32, device="cpu", pin_memory=self._on_gpu)
 
     def _to_host(self, packed: torch.Tensor) -> torch.Tensor:
         return self._host_buffer(*packed.shape).copy_(packed, non_blocking=True)
