@@ -16,6 +16,7 @@ import numpy as np
 
 from core.block_pool import BlockPool
 from core.client_shares import ClientShares
+from core.counters import Counters
 from core.endings import ending_of, why_no_token
 from core.grammar import GrammarState
 from core.logit_edits import logit_edits
@@ -26,7 +27,6 @@ from core.slots import SlotTable
 from core.step_plan import PrefillChunks, StepInFlight
 from core.step_time import PrefillBudget, StepTimeModel, StepWork
 from core.waiting_queue import WaitingQueue
-from protocol.histogram import Histogram
 from protocol.messages import (
     AddRequest,
     AdmittedSlot,
@@ -36,12 +36,6 @@ from protocol.messages import (
     StepResult,
     pack_ints,
     unpack_ints,
-)
-
-# Seconds. Finer at the low end than vLLM's, whose shortest is 300 ms.
-_QUEUE_TIME_BOUNDS = (
-    *(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40),
-    *(50, 60, 120, 240, 480, 960, 1920, 7680),
 )
 
 
@@ -81,11 +75,7 @@ class Scheduler:
         self._released_slots: list[int] = []
         self._in_flight: deque[StepInFlight] = deque()
         self._num_arrivals = 0
-        self._queue_time = Histogram(_QUEUE_TIME_BOUNDS)
-        self._num_steps = 0
-        self._counts = dict.fromkeys(
-            ("num_preemptions", "prompt_tokens", "computed_tokens", "generation_tokens", "finished", "aborted"), 0
-        )
+        self._counters = Counters()
 
     # --- requests in and out --------------------------------------------------------------------------------------
 
@@ -115,7 +105,7 @@ class Scheduler:
             raise ValueError(f"request id {request.request_id} is already in use")
         request.queued_at = now
         self._num_arrivals += 1
-        self._counts["prompt_tokens"] += request.num_prompt_tokens
+        self._counters.prompt_tokens += request.num_prompt_tokens
         self._requests[request.key] = request
         self._shares.add(request)
         if request.awaits_grammar:
@@ -133,7 +123,7 @@ class Scheduler:
             return None
         if isinstance(grammar, str):
             self._finish(request)
-            self._counts["finished"] += 1
+            self._counters.finished += 1
             return Failed(
                 request.request_id,
                 "invalid_request",
@@ -144,9 +134,7 @@ class Scheduler:
             for token in request.token_ids[request.num_prompt_tokens :].tolist():
                 grammar.advance(token)
         except ValueError as error:
-            self._finish(request)
-            self._counts["finished"] += 1
-            return Failed(request.request_id, "failed", f"structured_outputs cannot be followed any further: {error}")
+            return self.fail(request, f"structured_outputs cannot be followed any further: {error}")
         request.awaits_grammar, request.grammar = False, grammar
         self._waiting.release(request)
         return None
@@ -154,7 +142,7 @@ class Scheduler:
     def fail(self, request: Request, message: str) -> Failed:
         """Ends a request that cannot be computed."""
         self._finish(request)
-        self._counts["finished"] += 1
+        self._counters.finished += 1
         return Failed(request.request_id, "failed", message)
 
     def abort(self, frontend_index: int, request_ids: Iterable[int]) -> None:
@@ -163,7 +151,7 @@ class Scheduler:
             request = self._requests.get((frontend_index, request_id))
             if request is not None:
                 self._finish(request)
-                self._counts["aborted"] += 1
+                self._counters.aborted += 1
 
     def abort_frontend(self, frontend_index: int) -> None:
         self.abort(frontend_index, [request_id for index, request_id in self._requests if index == frontend_index])
@@ -203,23 +191,9 @@ class Scheduler:
         return int(self.table.num_known[request.slot]) if request.slot >= 0 else len(request.token_ids)
 
     def stats(self, query_id: int = 0) -> Stats:
-        return Stats(
-            query_id=query_id,
-            num_running=len(self._running),
-            num_waiting=len(self._requests) - len(self._running),
-            num_blocks=self.pool.num_usable,
-            num_free_blocks=self.pool.num_free,
-            prefix_cache_queries=self.cache.num_queries,
-            prefix_cache_hits=self.cache.num_hits,
-            num_preemptions=self._counts["num_preemptions"],
-            num_steps=self._num_steps,
-            prompt_tokens=self._counts["prompt_tokens"],
-            computed_tokens=self._counts["computed_tokens"],
-            generation_tokens=self._counts["generation_tokens"],
-            finished_requests=self._counts["finished"],
-            aborted_requests=self._counts["aborted"],
-            queue_time=self._queue_time.counts(),
-        )
+        num_running = len(self._running)
+        num_waiting = len(self._requests) - num_running
+        return self._counters.stats(query_id, num_running, num_waiting, self.pool, self.cache)
 
     # --- a step out -----------------------------------------------------------------------------------------------
 
@@ -242,7 +216,7 @@ class Scheduler:
             rows = np.concatenate([decode_slots, np.array(sampling, np.int64)])
         masked_rows = np.flatnonzero(self.table.has_grammar[rows])
         step = Step(
-            step_id=self._num_steps,
+            step_id=self._counters.num_steps,
             epoch=self.epoch,
             released_slots=pack_ints(self._released_slots),
             admitted=admitted,
@@ -260,8 +234,8 @@ class Scheduler:
         self._in_flight.append(StepInFlight(step.step_id, rows, generations, work, chunks.measured, masked_rows))
         self._sent_decode_slots = decode_slots
         self._released_slots = []
-        self._num_steps += 1
-        self._counts["computed_tokens"] += len(decode_slots) + budget.num_tokens
+        self._counters.num_steps += 1
+        self._counters.computed_tokens += len(decode_slots) + budget.num_tokens
         return step
 
     def take_masked_rows(self) -> tuple[int, list[tuple[int, Request, int]]] | None:
@@ -290,7 +264,7 @@ class Scheduler:
     def _end_queueing(self, request: Request | None, now: float) -> None:
         assert request is not None
         if request.queued_at is not None:
-            self._queue_time.observe(now - request.queued_at)
+            self._counters.queue_time.observe(now - request.queued_at)
             # After a preemption it waits for blocks, not for its turn.
             request.queued_at = None
 
@@ -472,7 +446,7 @@ class Scheduler:
                 request.num_in_flight += 1
         self._leave_slot(request, Phase.WAITING)
         self._waiting.push(request)
-        self._counts["num_preemptions"] += 1
+        self._counters.num_preemptions += 1
 
     # --- a step's tokens back -------------------------------------------------------------------------------------
 
@@ -508,7 +482,7 @@ class Scheduler:
         positions = table.num_known[slots]
         table.token_ids[slots, positions] = tokens
         table.num_known[slots] = positions + 1
-        self._counts["generation_tokens"] += len(slots)
+        self._counters.generation_tokens += len(slots)
         failed = tokens < 0
         ended = failed | (positions + 1 >= table.total_limit[slots])
         ends_at_eos = table.ends_at_eos[slots]
@@ -537,7 +511,7 @@ class Scheduler:
         if token >= 0:
             request.append(token)
             self._waiting.count_token()
-            self._counts["generation_tokens"] += 1
+            self._counters.generation_tokens += 1
             effects.add_row(request.frontend_index, request.request_id, token, row)
         self._end_if_done(request, token, len(request.token_ids), effects)
 
@@ -557,12 +531,12 @@ class Scheduler:
         if ending is not None:
             effects.finish(request, ending.reason, ending.stop_reason, ending.is_complete)
             self._finish(request)
-            self._counts["finished"] += 1
+            self._counters.finished += 1
 
     def _fail(self, request: Request, message: str, effects: StepEffects) -> None:
         effects.fail(request, message)
         self._finish(request)
-        self._counts["finished"] += 1
+        self._counters.finished += 1
 
     # --- shared -----------------------------------------------------------------------------------------------------
 
