@@ -95,7 +95,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         8388608, "most prompt tokens of requests that wait; 0: no limit"
     )
     max_waiting_bytes: str = _option(
-        "256MiB", "most bytes of prompts that wait to be tokenized, such as 64MiB; 0: no limit"
+        "256MiB", "most bytes of bodies being read and prompts not tokenized yet, such as 64MiB; 0: no limit"
     )
     max_stream_buffer: str = _option(
         "4MiB", "most bytes that a stream's client may leave unread before its request is aborted, such as 512KiB"
