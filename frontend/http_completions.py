@@ -104,7 +104,7 @@ class Endpoint(ABC):
             )
             exchange_of(scope).abort()
 
-        collector = Collector(num_requests, self._max_stream_buffer, abort_slow_client)
+        collector = Collector(num_requests, self._max_stream_buffer, abort_slow_client, exchange_of(scope).answer_ready)
         watcher = asyncio.get_running_loop().create_task(_watch(receive, collector))
         requests: list[RunningRequest] = []
         try:
@@ -142,7 +142,9 @@ class Endpoint(ABC):
                         )
             answer = self._answer(fields, prompts, token_ids)
             if fields.stream:
-                await self._send_stream(EventStream(send, exchange_of(scope).send_body), answer, collector, requests)
+                exchange = exchange_of(scope)
+                stream = EventStream(send, exchange.send_body, exchange.answer_ready)
+                await self._send_stream(stream, answer, collector, requests)
             else:
                 await self._send_whole(send, answer, collector, requests)
         finally:
