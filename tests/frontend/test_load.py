@@ -385,6 +385,36 @@ def test_a_python_client_that_stops_receiving_is_dropped_and_stalls_nobody(
     assert silent.num_outputs < 400
 
 
+def test_a_python_client_that_never_says_what_it_took_gains_nothing_by_requests_that_end(
+    make_frontend: Callable[..., Frontend], connect: Callable[..., Client]
+) -> None:
+    frontend = make_frontend(max_stream_buffer=str(BUFFER)).start()
+    silent = connect(frontend)
+    # Each leaves some 20 kB, less than its share of the buffer: 16 of these do not fill 16 shares, but 100 do.
+    params = SamplingParams(max_tokens=100, ignore_eos=True, logprobs=20)
+    for request_id in range(200):
+        silent.generate(request_id, "x", params, stream=False)
+        while request_id not in silent.finished and not any(isinstance(m, Refused) for m in silent.others):
+            silent.gather_one()
+        if request_id not in silent.finished:
+            break
+    assert 16 < request_id < 199
+    assert "--max-stream-buffer" in silent.others[-1].reason
+
+
+def test_refusals_that_nobody_takes_count_too(
+    make_frontend: Callable[..., Frontend], connect: Callable[..., Client]
+) -> None:
+    frontend = make_frontend(max_stream_buffer=str(BUFFER)).start()
+    silent = connect(frontend)
+    for _ in range(3000):
+        silent.channel.socket.send(b"\xc1")
+    reasons = [silent.receive(Refused).reason for _ in range(3000)]
+    num_counted = next(i for i, reason in enumerate(reasons) if "--max-stream-buffer" in reason)
+    # Those after it have gone to a client that is not known any more.
+    assert 300 < num_counted < 2000
+
+
 def test_a_python_client_that_receives_gets_more_than_the_buffer_holds(frontend: Frontend) -> None:
     with PythonClient(frontend.config.address) as client:
         params = SamplingParams(max_tokens=400, ignore_eos=True, logprobs=20)
