@@ -127,7 +127,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     access_log: bool = _option(False, "log a line for each HTTP request")
     max_body_size: str = _option("32MiB", "longest body of an HTTP request")
     receive_timeout: Annotated[float, Meta(gt=0)] = _option(
-        30.0, "seconds in which an HTTP request must be there, header and body, or its connection is closed"
+        30.0,
+        "seconds in which an HTTP request must have come, or 256 KiB of its answer be read; else it is cut off",
     )
     log_level: LogLevel = _option("info", "least severe records that are logged")
     log_format: LogFormat = _option("text", "log lines for people or, as json, for programs")
