@@ -29,9 +29,7 @@ class StagingRing:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self._host = [
-            torch.zeros(capacity, dtype=torch.int32, device="cpu", pin_memory=on_gpu) for _ in range(RING_SIZE)
-        ]
+        self._host = [torch.zeros(capacity, dtype=torch.int32, device="cpu", pin_memory=on_gpu) for _ in range(RING_SIZE)]
         self._copied = [torch.cuda.Event() if on_gpu else None for _ in range(RING_SIZE)]
         self._turn = 0
         self.device_buffer = torch.zeros(capacity, dtype=torch.int32, device=device)
