@@ -1,7 +1,8 @@
 """How much may wait: requests, the tokens of their prompts, and the bytes of prompts that are no tokens yet.
 
-A request waits from its arrival until its first token. What is over a limit is refused before it reaches the core, and
-told when to come again. Knows counts only: nothing of HTTP, of clients, or of what a request asks for.
+Bytes wait from the moment that they are read, and a request from its arrival until its first token. What is over a
+limit is refused before it reaches the core, and told when to come again. Knows counts only: nothing of HTTP, of
+clients, or of what a request asks for.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Admission:
 
     Attributes:
         num_requests, num_tokens: that wait in the core.
-        num_refused: requests that were over a limit.
+        num_refused: requests that were over a limit; a body that was refused while it was read is one.
     """
 
     def __init__(self, limits: AdmissionLimits) -> None:
@@ -55,26 +56,36 @@ class Admission:
         self._request_rate = _Rate()
         self._token_rate = _Rate()
 
-    def reserve(self, num_requests: int, num_bytes: int = 0) -> Reservation:
+    def reserve(self, num_requests: int = 0, num_bytes: int = 0) -> Reservation:
         """Room for requests whose prompts are still to be tokenized, `num_bytes` of them in memory.
 
         Raises:
             EngineOverloadedError: there is no room.
         """
-        waiting = self.num_requests + self._num_reserved
-        if waiting:
-            self._require(waiting + num_requests, self._limits.requests, "requests", "--max-waiting")
-            self._require(self._num_bytes + num_bytes, self._limits.num_bytes, "bytes", "--max-waiting-bytes")
-            # Here already, so that a full engine does not tokenize what it then refuses.
-            self._require(self.num_tokens, self._limits.tokens, "tokens", "--max-waiting-tokens")
-        self._num_reserved += num_requests
-        self._num_bytes += num_bytes
-        return Reservation(self, num_requests, num_bytes)
+        place = Reservation(self)
+        place.add(num_requests, num_bytes)
+        return place
 
-    def require_tokens(self, num_tokens: int) -> None:
-        """Raises EngineOverloadedError if there is no room for requests with so many tokens."""
+    def take(self, place: Reservation, num_requests: int, num_bytes: int) -> None:
+        """See `Reservation.add`."""
+        waiting = self.num_requests + self._num_reserved
+        is_beside_others = waiting > place.num_requests
+        total_bytes = self._num_bytes + num_bytes
+        if num_requests and is_beside_others:
+            wanted = waiting + num_requests
+            self._require(wanted, self._limits.requests, "requests", "--max-waiting", num_requests)
+            # Here already, so that a full engine does not tokenize what it then refuses.
+            self._require(self.num_tokens, self._limits.tokens, "tokens", "--max-waiting-tokens", num_requests)
+        if num_bytes and (is_beside_others or self._num_bytes > place.num_bytes):
+            self._require(total_bytes, self._limits.num_bytes, "bytes", "--max-waiting-bytes", max(num_requests, 1))
+        self._num_reserved += num_requests
+        self._num_bytes = total_bytes
+
+    def require_tokens(self, num_tokens: int, num_requests: int = 1) -> None:
+        """Raises EngineOverloadedError if there is no room for requests with so many tokens in all."""
         if self.num_requests:
-            self._require(self.num_tokens + num_tokens, self._limits.tokens, "tokens", "--max-waiting-tokens")
+            wanted = self.num_tokens + num_tokens
+            self._require(wanted, self._limits.tokens, "tokens", "--max-waiting-tokens", num_requests)
 
     def begin(self, num_tokens: int) -> None:
         """A request with so many tokens waits from now on."""
@@ -94,10 +105,11 @@ class Admission:
         self._num_reserved -= num_requests
         self._num_bytes -= num_bytes
 
-    def _require(self, wanted: int, limit: int, what: str, flag: str) -> None:
+    def _require(self, wanted: int, limit: int, what: str, flag: str, num_requests: int) -> None:
+        """Refuses so many requests if more is wanted than a limit that is set."""
         if not limit or wanted <= limit:
             return
-        self.num_refused += 1
+        self.num_refused += num_requests
         retry_after = self._seconds_until(wanted - limit, what)
         raise EngineOverloadedError(
             f"the engine is overloaded: {wanted} {what} would wait, of which {flag} allows {limit}; "
@@ -117,15 +129,25 @@ class Admission:
 class Reservation:
     """Room taken for requests on their way to the core. As a context manager it is released at the end."""
 
-    def __init__(self, admission: Admission, num_requests: int, num_bytes: int) -> None:
+    def __init__(self, admission: Admission) -> None:
         self._admission = admission
-        self._num_requests = num_requests
-        self._num_bytes = num_bytes
+        self.num_requests = 0
+        self.num_bytes = 0
+
+    def add(self, num_requests: int = 0, num_bytes: int = 0) -> None:
+        """Takes more room.
+
+        Raises:
+            EngineOverloadedError: there is none, and others wait, or are being read. Nothing more is taken then.
+        """
+        self._admission.take(self, num_requests, num_bytes)
+        self.num_requests += num_requests
+        self.num_bytes += num_bytes
 
     def release(self) -> None:
         """The requests count as waiting by now, or will never. May be called again."""
-        self._admission.release(self._num_requests, self._num_bytes)
-        self._num_requests = self._num_bytes = 0
+        self._admission.release(self.num_requests, self.num_bytes)
+        self.num_requests = self.num_bytes = 0
 
     def __enter__(self) -> Self:
         return self

@@ -55,15 +55,21 @@ class Collector:
     """
 
     def __init__(
-        self, num_choices: int, max_bytes: int = sys.maxsize, on_overflow: Callable[[], None] | None = None
+        self,
+        num_choices: int,
+        max_bytes: int = sys.maxsize,
+        on_overflow: Callable[[], None] | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
-        """`max_bytes` bounds what waits of each choice that streams."""
+        """`max_bytes` bounds what waits of each choice that streams. `on_end` is called when there is no more to come,
+        however much of it still waits."""
         self.choices = [Choice(index) for index in range(num_choices)]
         self.num_unfinished = num_choices
         self.client_left = False
         self._max_bytes = max_bytes * num_choices
         self._is_sending = False
         self._on_overflow = on_overflow
+        self._on_end = on_end
         self._num_bytes = 0
         self._new: list[Choice] = []
         self._num_without_end = num_choices
@@ -94,9 +100,13 @@ class Collector:
         choice.ending = finished
         self._num_without_end -= 1
         self._mark(choice)
+        if not self._num_without_end and self._on_end is not None:
+            self._on_end()
 
     def fail(self, request: RunningRequest, failed: Failed) -> None:
         self._failed = failed
+        if self._on_end is not None:
+            self._on_end()
 
     def flush(self) -> None:
         # The end of a response is its coroutine's to write, and so is an error.

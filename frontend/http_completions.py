@@ -15,6 +15,7 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from frontend.admission import Reservation
 from frontend.answers import AnswerOptions, ChatAnswer, ParsedChatAnswer, TextAnswer
 from frontend.client_identity import http_client
 from frontend.collector import Collector
@@ -62,12 +63,27 @@ class Endpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.require_ready()
-        body = await read_body(scope, receive, self._service.max_body_bytes)
-        if body is None:
-            return
-        arrived = time.perf_counter()
-        self._service.require_ready()
-        fields, prompts = self._decode(body)
+        with self._service.admission.reserve() as place:
+            body = await read_body(scope, receive, self._service.max_body_bytes, place)
+            if body is None:
+                return
+            arrived = time.perf_counter()
+            self._service.require_ready()
+            fields, prompts = self._decode(body)
+            del body
+            await self._serve(fields, prompts, place, arrived, scope, receive, send)
+
+    async def _serve(
+        self,
+        fields: Any,
+        prompts: list[Prompt | list[int]],
+        place: Reservation,
+        arrived: float,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Runs the requests of a body that has `arrived` and sends their answer. Its room is released in between."""
         self._check(fields)
         limit, limit_name = self._max_tokens(fields)
         names = self._own_names(fields)
@@ -88,11 +104,12 @@ class Endpoint(ABC):
             )
             exchange_of(scope).abort()
 
-        collector = Collector(num_requests, self._max_stream_buffer, abort_slow_client)
+        collector = Collector(num_requests, self._max_stream_buffer, abort_slow_client, exchange_of(scope).answer_ready)
         watcher = asyncio.get_running_loop().create_task(_watch(receive, collector))
         requests: list[RunningRequest] = []
         try:
-            with self._service.admission.reserve(num_requests, len(body)), renamed(names):
+            place.add(num_requests)
+            with place, renamed(names):
                 async with time_limit(arrived, timeout):
                     token_ids = [await self._token_ids(prompt, params.truncate_prompt_tokens) for prompt in prompts]
                     if limit is not None and limit_name is not None:
@@ -105,7 +122,7 @@ class Endpoint(ABC):
                         for prompt, ids in zip(prompts, token_ids, strict=True)
                     ]
                 self._service.require_ready()
-                self._service.admission.require_tokens(sum(map(len, token_ids)) * params.n)
+                self._service.admission.require_tokens(sum(map(len, token_ids)) * params.n, num_requests)
                 for ids, own_params, grammar in zip(token_ids, fitting, grammars, strict=True):
                     for choice in range(params.n):
                         requests.append(
@@ -125,7 +142,9 @@ class Endpoint(ABC):
                         )
             answer = self._answer(fields, prompts, token_ids)
             if fields.stream:
-                await self._send_stream(EventStream(send, exchange_of(scope).send_body), answer, collector, requests)
+                exchange = exchange_of(scope)
+                stream = EventStream(send, exchange.send_body, exchange.answer_ready)
+                await self._send_stream(stream, answer, collector, requests)
             else:
                 await self._send_whole(send, answer, collector, requests)
         finally:
@@ -299,11 +318,12 @@ def _require_few(num_prompts: int, num_choices: int, choices_name: str) -> None:
         )
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes | None:
-    """The whole body, or None if the client left before it was there.
+async def read_body(scope: Scope, receive: Receive, max_bytes: int, place: Reservation) -> bytes | None:
+    """The whole body, or None if the client left before it was there. Takes room in `place` for what has come.
 
     Raises:
         HTTPException: it is too long.
+        EngineOverloadedError: there is no room for it beside what waits.
     """
     too_large = HTTPException(413, f"the body is longer than {max_bytes} bytes (--max-body-size)")
     for name, value in scope["headers"]:
@@ -315,10 +335,12 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes | N
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
+        part = message.get("body", b"")
+        size += len(part)
         if size > max_bytes:
             raise too_large
+        place.add(num_bytes=len(part))
+        parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
 

@@ -29,6 +29,8 @@ _CLIENT_LEFT = 499
 _SCOPE_KEY = "mini_vllm.exchange"
 # Where the server puts what ends the connection of a request.
 ABORT_KEY = "mini_vllm.abort"
+# And what it wants to be told when there is no more of an answer to come than what is being sent.
+ANSWER_READY_KEY = "mini_vllm.answer_ready"
 
 access_logger = logging.getLogger("frontend.access")
 
@@ -41,11 +43,15 @@ class Exchange:
         status: of the response, once it has begun.
         send_body: the server's own `send`, for what follows the start of a response: each layer of the application
             wraps `send`, all of them to see or change the start alone, and a stream has an event for every token.
+        answer_ready: to be called when there is no more of a stream to come: from then on the client has to read.
     """
 
-    def __init__(self, request_id: str, send_body: Send, abort: Callable[[], None]) -> None:
+    def __init__(
+        self, request_id: str, send_body: Send, abort: Callable[[], None], answer_ready: Callable[[], None]
+    ) -> None:
         self.request_id = request_id
         self.send_body = send_body
+        self.answer_ready = answer_ready
         self._abort = abort
         self.status: int | None = None
         self._started = time.perf_counter()
@@ -95,7 +101,7 @@ class ExchangeMiddleware:
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), None)
         is_sound = given is not None and _REQUEST_ID.fullmatch(given) is not None
         request_id = given.decode() if given is not None and is_sound else uuid.uuid4().hex
-        exchange = Exchange(request_id, send, scope[ABORT_KEY])
+        exchange = Exchange(request_id, send, scope[ABORT_KEY], scope[ANSWER_READY_KEY])
         scope[_SCOPE_KEY] = exchange
         # The server gives every request a task of its own, and the variable goes with it.
         current_request_id.set(exchange.request_id)

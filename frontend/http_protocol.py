@@ -1,23 +1,30 @@
 """One HTTP connection, with the bounds that uvicorn's own has not: on header, on time, and on how many there are.
 
+Time is bounded both ways: for a request to come, and for what is left of an answer to be taken.
+
 Refuses in the OpenAI format before there is an application to do so. Knows nothing of paths and bodies.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
+import sys
 from typing import Any
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from frontend.http_exchange import ABORT_KEY
+from frontend.http_exchange import ABORT_KEY, ANSWER_READY_KEY
 from frontend.openai_responses import ErrorBody, ErrorResponse
 
 # Of the request line and all headers of one request; also of what follows a body in chunks.
 MAX_HEADER_BYTES = 64 * 1024
 MAX_HEADERS = 256
+# What a client must take of a finished answer in each `receive_timeout_s`, or all that is left of it. By default a
+# hundredth of the pace at which the longest body has to come.
+LEAST_READ_BYTES = 256 * 1024
 # Left for what is no HTTP connection: sockets to the core and to Python clients, files.
 _RESERVED_DESCRIPTORS = 128
 
@@ -25,6 +32,9 @@ _RESERVED_DESCRIPTORS = 128
 def max_connections() -> int:
     """As many as there are descriptors for: with more, nothing else could open a socket or a file."""
     return max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _RESERVED_DESCRIPTORS, 1)
+
+
+logger = logging.getLogger(__name__)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -40,6 +50,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_in_header = False
         self._is_refused = False
         self._timer: asyncio.TimerHandle | None = None
+        self._reading_timer: asyncio.TimerHandle | None = None
+        self._num_unread = 0  # when the timer was set
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -50,9 +62,10 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        self._disarm_reading()
         super().connection_lost(exc)
 
-    # --- time -----------------------------------------------------------------------------------------------------
+    # --- time for what comes --------------------------------------------------------------------------------------
 
     def _arm(self) -> None:
         self._timer = self.loop.call_later(self.receive_timeout_s, self._on_timeout)
@@ -72,6 +85,42 @@ class BoundedProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
+    # --- time for what goes ---------------------------------------------------------------------------------------
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._require_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        # What it has taken cannot be told from what is left once more is written.
+        self._num_unread = sys.maxsize
+
+    def _require_reading(self) -> None:
+        """There is no more of an answer to come: from now on it is the client that has to take it."""
+        self._disarm_reading()
+        if self.parser is None:
+            return  # the connection is lost
+        self._num_unread = self.transport.get_write_buffer_size()
+        if self._num_unread:
+            self._reading_timer = self.loop.call_later(self.receive_timeout_s, self._check_reading)
+
+    def _check_reading(self) -> None:
+        self._reading_timer = None
+        num_unread = self.transport.get_write_buffer_size()
+        if not num_unread:
+            return
+        if self._num_unread - num_unread >= LEAST_READ_BYTES:
+            self._require_reading()
+            return
+        logger.warning("a client does not read its answer, of which %d bytes wait: closing its connection", num_unread)
+        self.transport.abort()
+
+    def _disarm_reading(self) -> None:
+        if self._reading_timer is not None:
+            self._reading_timer.cancel()
+            self._reading_timer = None
+
     # --- what has come --------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
@@ -89,9 +138,13 @@ class BoundedProtocol(HttpToolsProtocol):
             self._arm()
         self._is_in_header = True
         self._header_bytes = self._raw_header_bytes = 0
+        if not self.flow.write_paused:
+            # Of the answer before this request little is left. This one's is a matter of its own.
+            self._disarm_reading()
         super().on_message_begin()
         # A request can end its connection at once, without waiting for a client that does not read.
         self.scope[ABORT_KEY] = self.transport.abort  # type: ignore[literal-required]
+        self.scope[ANSWER_READY_KEY] = self._require_reading  # type: ignore[literal-required]
 
     def on_url(self, url: bytes) -> None:
         self._header_bytes += len(url)

@@ -6,7 +6,7 @@ Knows how answers are asked for what they look like, not what that is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import msgspec
@@ -36,10 +36,14 @@ class EventStream:
     written to. Everywhere else it is done when it returns, so that no task has to be woken for an event.
     """
 
-    def __init__(self, send_start: Send, send_body: Send) -> None:
-        """`send_body` may be the server's own, past all that only looks at how a response starts."""
+    def __init__(self, send_start: Send, send_body: Send, answer_ready: Callable[[], None]) -> None:
+        """`send_body` may be the server's own, past all that only looks at how a response starts.
+
+        `answer_ready` is called when the last events are there, before they wait to be sent.
+        """
         self._send_start = send_start
         self._send_body = send_body
+        self._answer_ready = answer_ready
         self._unsent: _Rest | None = None
 
     async def begin(self) -> None:
@@ -64,6 +68,7 @@ class EventStream:
             await self._send_body({"type": "http.response.body", "body": b"".join(events), "more_body": True})
 
     async def end(self, events: list[bytes]) -> None:
+        self._answer_ready()
         await self._finish_sending()
         await self._send_body({"type": "http.response.body", "body": b"".join(events)})
 

@@ -61,11 +61,13 @@ class _Endpoint(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.require_ready()
-        body = await read_body(scope, receive, self._service.max_body_bytes)
-        if body is None:
-            return
-        self._service.require_ready()
-        answer = msgspec.json.encode(await self._answer(body))
+        with self._service.admission.reserve() as place:
+            body = await read_body(scope, receive, self._service.max_body_bytes, place)
+            if body is None:
+                return
+            self._service.require_ready()
+            place.add(num_requests=1)
+            answer = msgspec.json.encode(await self._answer(body))
         await Response(answer, media_type="application/json")(scope, receive, send)
 
     @abstractmethod

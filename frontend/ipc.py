@@ -54,6 +54,10 @@ _MISSED_HEARTBEATS = 3
 _WATCH_INTERVAL_S = 0.5
 _MIN_HEARTBEAT_S, _MAX_HEARTBEAT_S = 0.1, 3600.0
 _TOO_SLOW = "does not read its answers, and more waits for it than --max-stream-buffer allows"
+# Requests that have ended count for what may wait for a client, but only the last: it may never say what it has taken.
+_MOST_ENDS = 16
+# Of each client. What comes is handled at once, and what a client sends beyond that waits in its own memory.
+_MAX_RECEIVED = 1000
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
@@ -67,7 +71,8 @@ class ClientConnection:
         self.last_heard = now
         self.requests: dict[int, RunningRequest] = {}
         self._num_bytes_sent = self._num_bytes_taken = 0
-        self._ends_sent: deque[int] = deque()  # how much had been sent at each end that has not been taken
+        # How much had been sent at each of the last ends that have not been taken.
+        self._ends_sent: deque[int] = deque(maxlen=_MOST_ENDS)
         self.encoding: dict[int, asyncio.Task[None]] = {}
         self._server = server
         self._request_ids: list[int] = []
@@ -122,7 +127,8 @@ class ClientConnection:
             self._ends_sent.popleft()
 
     def is_too_slow(self, most_bytes: int) -> bool:
-        """Whether more waits for it than `most_bytes` for each request whose output it has not taken in full."""
+        """Whether more waits for it than `most_bytes` for each request that runs, and for each of the last that have
+        ended whose output it has not taken in full."""
         waiting = self._num_bytes_sent - self._num_bytes_taken
         return waiting > most_bytes and waiting > most_bytes * (len(self.requests) + len(self._ends_sent))
 
@@ -154,7 +160,7 @@ class IpcServer:
         self._ready = False
         self._max_stream_buffer = parse_size(service.config.options.max_stream_buffer, "--max-stream-buffer")
         try:
-            socket = open_socket(context, zmq.ROUTER, bind=address)
+            socket = open_socket(context, zmq.ROUTER, bind=address, max_received=_MAX_RECEIVED)
         except zmq.ZMQError as error:
             raise ConfigError(f"cannot serve on {address}: {error.strerror}; choose another with --ipc") from error
         self._channel = AsyncChannel(socket, ClientMessage, self._on_message)
@@ -216,7 +222,11 @@ class IpcServer:
 
     def _refuse(self, identity: bytes, reason: str, logged: str | None = None) -> None:
         logger.warning("refused a client's message: %s", logged or reason)
-        self._channel.send(Refused(reason), identity)
+        client = self._clients.get(identity)
+        if client is not None:
+            self.send(client, Refused(reason))
+        else:
+            self._channel.send(Refused(reason), identity)
 
     def _on_hello(self, identity: bytes, hello: Hello) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:
@@ -265,7 +275,7 @@ class IpcServer:
             # Not by the task itself, which may be cancelled before it begins.
             task.add_done_callback(lambda _: place.release())
             client.encoding[request_id] = task
-        except EngineError as error:
+        except Exception as error:
             self._fail(client, request_id, error)
 
     async def _encode_and_submit(
@@ -287,7 +297,7 @@ class IpcServer:
             if self._is_here(client):
                 self._submit(client, generate, token_ids, arrived, grammar)
                 place.release()
-        except EngineError as error:
+        except Exception as error:
             self._fail(client, generate.request_id, error)
         finally:
             # After an abort the id may already belong to another request.
@@ -321,8 +331,14 @@ class IpcServer:
         if not isinstance(generate.prompt, TokenPrompt) or params.truncate_prompt_tokens is not None:
             self.send(client, Started(generate.request_id, pack_ints(token_ids)))
 
-    def _fail(self, client: ClientConnection, request_id: int, error: EngineError) -> None:
-        self.send(client, failed_of(request_id, error))
+    def _fail(self, client: ClientConnection, request_id: int, error: Exception) -> None:
+        """Answers a request that cannot be served. Call where the error is handled."""
+        if isinstance(error, EngineError):
+            self.send(client, failed_of(request_id, error))
+            return
+        # A bug: whoever waits is told that there is one, and the log where it is.
+        logger.exception("a request could not be handled")
+        self.send(client, Failed(request_id, "failed", f"internal error: {type(error).__name__}"))
 
     def _on_abort(self, client: ClientConnection, abort: Abort) -> None:
         """Ends requests where they are. Each is answered, so that whoever waits for one is not left waiting."""

@@ -95,7 +95,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         8388608, "most prompt tokens of requests that wait; 0: no limit"
     )
     max_waiting_bytes: str = _option(
-        "256MiB", "most bytes of prompts that wait to be tokenized, such as 64MiB; 0: no limit"
+        "256MiB", "most bytes of bodies being read and prompts not tokenized yet, such as 64MiB; 0: no limit"
     )
     max_stream_buffer: str = _option(
         "4MiB", "most bytes that a stream's client may leave unread before its request is aborted, such as 512KiB"
@@ -127,7 +127,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     access_log: bool = _option(False, "log a line for each HTTP request")
     max_body_size: str = _option("32MiB", "longest body of an HTTP request")
     receive_timeout: Annotated[float, Meta(gt=0)] = _option(
-        30.0, "seconds in which an HTTP request must be there, header and body, or its connection is closed"
+        30.0,
+        "seconds in which an HTTP request must have come, or 256 KiB of its answer be read; else it is cut off",
     )
     log_level: LogLevel = _option("info", "least severe records that are logged")
     log_format: LogFormat = _option("text", "log lines for people or, as json, for programs")

@@ -5,7 +5,8 @@ little-endian bytes (`Int32Array`, `Int64Array`), which NumPy reads without a co
 
     Python client ⇄ frontend     Hello Generate Abort Heartbeat Received GetStats
                                  | Welcome Refused Started Outputs Failed Stats
-    frontend ⇄ core              CoreHello AddRequest AbortRequests GetStats | CoreReady StepOutputs Failed Stats
+    frontend ⇄ core              CoreHello AddRequest AbortRequests GetStats
+                                 | CoreReady StepOutputs Failed Refused Stats
     core ⇄ worker                Step StepMasks Shutdown | WorkerReady StepResult
 
 Those between the launcher and the processes it has started are in `protocol/launcher_messages.py`.

@@ -53,15 +53,18 @@ def open_socket(
     bind: str | None = None,
     connect: str | None = None,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    max_received: int = HIGH_WATER_MARK,
 ) -> zmq.Socket:
     """A socket with this project's limits, bound or connected to an address.
+
+    `max_received` messages of each peer may wait here to be received; the peer keeps what is more.
 
     Between the engine's own processes `max_message_bytes` is `UNLIMITED`: a step that admits many long prompts whose
     beginnings are cached may be larger than anything that a client is allowed to send.
     """
     socket = context.socket(kind)
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
-    socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+    socket.setsockopt(zmq.RCVHWM, max_received)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
     if kind == zmq.ROUTER:

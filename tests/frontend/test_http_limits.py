@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -274,6 +275,22 @@ def hurried(model_directory: Any) -> Iterator[Frontend]:
     frontend.close()
 
 
+# Some 240 kB a choice as a stream, and 140 kB as a whole.
+LONG_ANSWER = {"prompt": "x", "logprobs": 20, "max_tokens": 400, "ignore_eos": True}
+
+
+def ask(frontend: Frontend, body: dict[str, Any], receive_buffer: int = 4096) -> socket.socket:
+    """Sends a request on a connection that takes little of its answer unless it is read."""
+    host, port = frontend.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    connection.settimeout(20)
+    connection.connect((host, int(port)))
+    data = json.dumps(body).encode()
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    return connection
+
+
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
 
 
@@ -328,6 +345,43 @@ def test_an_answer_may_take_longer_than_its_request(hurried: Frontend) -> None:
     hurried.core.step_seconds = 0.0
     assert answer.elapsed.total_seconds() > 0.8
     assert answer.json()["usage"]["completion_tokens"] == 20
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_finished_answer_that_nobody_reads_is_given_up_in_time(hurried: Frontend, stream: bool) -> None:
+    process = psutil.Process(hurried.process.pid)  # type: ignore[union-attr]
+
+    def no_connection_is_left() -> bool:
+        return not [one for one in process.net_connections("tcp") if one.status != psutil.CONN_LISTEN]
+
+    wait_until(no_connection_is_left)
+    num_aborted = len(hurried.core.aborted)
+    # As a stream: more than the kernel takes, and less than --max-stream-buffer beyond that.
+    with ask(hurried, {**LONG_ANSWER, "stream": stream, "n": 22 if stream else 60}) as connection:
+        connection.recv(1, socket.MSG_PEEK)
+        wait_until(lambda: hurried.core.num_running == 0)
+        assert not hurried.core.aborted[num_aborted:], "the requests have ended, and their answers are there"
+        wait_until(no_connection_is_left)
+        read = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(1 << 16):
+                read += part
+        assert read.startswith(b"HTTP/1.1 200 ")
+        assert not read.endswith((b"}", b"0\r\n\r\n"))
+
+
+def test_a_finished_answer_that_is_read_slowly_is_whole(hurried: Frontend) -> None:
+    with ask(hurried, {**LONG_ANSWER, "n": 60}, 256 << 10) as connection:
+        head, _, read = connection.recv(4096).partition(b"\r\n\r\n")
+        size = int(head.lower().partition(b"content-length: ")[2].split()[0])
+        started = time.monotonic()
+        while len(read) < size:
+            part = connection.recv(min(512 << 10, size - len(read)), socket.MSG_WAITALL)
+            assert part
+            read += part
+            time.sleep(0.1)
+    assert time.monotonic() - started > 1
+    assert len(json.loads(read)["choices"]) == 60
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Server:
         self.sent.append(message.get("body", b""))
 
     def stream(self) -> EventStream:
-        return EventStream(self.send, self.send)
+        return EventStream(self.send, self.send, lambda: None)
 
 
 async def test_events_sent_from_outside_are_out_at_once_while_the_connection_takes_them() -> None:

@@ -29,6 +29,7 @@ from protocol.messages import (
     unpack_ints,
 )
 from protocol.sampling import SamplingParams
+from protocol.structured_outputs import StructuredOutputsParams
 from tests.frontend.conftest import MAX_MODEL_LEN, MODEL_NAME, VOCAB_SIZE, Frontend, make_tokenizer, wait_until
 from tests.frontend.ipc_client import ENDLESS, Client
 
@@ -197,6 +198,16 @@ def test_bad_prompts_fail_by_field(client: Client, prompt: Any, param: str, mess
     failed = client.receive(Failed)
     assert (failed.request_id, failed.kind, failed.param) == (9, "invalid_request", param)
     assert message in failed.message
+
+
+def test_an_error_that_only_a_bug_can_cause_is_an_answer_too(client: Client) -> None:
+    # JSON knows no bytes, and nobody has looked for some.
+    wanted = StructuredOutputsParams(json={"const": b"fox"})
+    client.generate(4, "fox", SamplingParams(max_tokens=5, structured_outputs=wanted))
+    assert client.receive(Failed) == Failed(4, "failed", "internal error: TypeError")
+    client.generate(4, "fox", SamplingParams(max_tokens=50))
+    client.gather(4)
+    assert client.texts[4] == "fox"
 
 
 def test_an_id_that_is_running_is_refused_and_the_running_one_goes_on(frontend: Frontend, client: Client) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from frontend import AsyncClient, EngineOverloadedError, InvalidRequestError, RequestTimeoutError, SamplingParams
@@ -34,6 +35,7 @@ def loaded(model_directory: Any) -> Iterator[Frontend]:
         model_directory,
         max_waiting=4,
         max_waiting_tokens=40,
+        max_waiting_bytes="1MiB",
         max_stream_buffer=str(BUFFER),
         request_timeout=30,
         api_key=["key"],
@@ -98,6 +100,7 @@ def test_more_than_may_wait_are_refused_before_the_core_sees_them(
     assert failed.retry_after is not None
     assert len(frontend.core.added) == 4
     assert growth(before, read_metrics(http))["mini_vllm:requests_refused_total"] == 2
+    error_of(http.post("/tokenize", json={"prompt": "one more"}), 429)
     # Once they have their first tokens they run, and others may wait.
     frontend.core.step_seconds = 0.005
     frontend.core.may_step.set()
@@ -107,17 +110,60 @@ def test_more_than_may_wait_are_refused_before_the_core_sees_them(
 
 def test_choices_are_taken_all_or_none(frontend: Frontend, http: httpx.Client, fill: Callable[..., Client]) -> None:
     fill(2)
+    before = read_metrics(http)
     error_of(http.post("/v1/completions", json={"prompt": "x", "n": 3, **ENDLESS}), 429)
     assert len(frontend.core.added) == 2
+    assert growth(before, read_metrics(http))["mini_vllm:requests_refused_total"] == 3
 
 
 def test_more_tokens_than_may_wait_are_refused(
     frontend: Frontend, http: httpx.Client, fill: Callable[..., Client]
 ) -> None:
     fill(1)
-    error = error_of(http.post("/v1/completions", json={"prompt": [5] * 40}), 429)
+    before = read_metrics(http)
+    error = error_of(http.post("/v1/completions", json={"prompt": [5] * 20, "n": 2}), 429)
     assert "--max-waiting-tokens allows 40" in error["message"]
     assert len(frontend.core.added) == 1
+    assert growth(before, read_metrics(http))["mini_vllm:requests_refused_total"] == 2
+
+
+def half_sent(frontend: Frontend, path: str, num_bytes: int) -> socket.socket:
+    """A connection with all of a body of so many bytes but the last one."""
+    host, port = frontend.url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), 10)
+    headers = f"Host: x\r\nAuthorization: Bearer key\r\nContent-Length: {num_bytes}"
+    connection.sendall(f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode() + b" " * (num_bytes - 1))
+    return connection
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize", "/detokenize"])
+def test_bodies_count_from_the_moment_that_they_are_read(frontend: Frontend, http: httpx.Client, path: str) -> None:
+    before = read_metrics(http)
+    process = psutil.Process(frontend.process.pid)  # type: ignore[union-attr]
+    memory = process.memory_info().rss
+    # The first finds nothing waiting, and is read whatever its size.
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(half_sent(frontend, path, 8 << 20)) for _ in range(8)]
+        for connection in connections[1:]:
+            answer = connection.recv(1 << 16).decode()
+            assert answer.startswith("HTTP/1.1 429 ")
+            assert "bytes would wait, of which --max-waiting-bytes allows 1048576" in answer
+        assert process.memory_info().rss - memory < 32 << 20
+        assert growth(before, read_metrics(http))["mini_vllm:requests_refused_total"] == 7
+        for other in ("/v1/completions", "/tokenize", "/detokenize"):
+            error_of(http.post(other, json={"prompt": "x"}), 429)
+        connections[0].sendall(b" ")
+        assert connections[0].recv(1 << 16).startswith(b"HTTP/1.1 400 "), "blanks are no JSON"
+    # And those that are over count no more.
+    with half_sent(frontend, path, 512 << 10), half_sent(frontend, path, 256 << 10):
+        assert http.post("/tokenize", json={"prompt": "x"}).status_code == 200
+    wait_until(lambda: http.post("/tokenize", json={"prompt": "x" * 1_000_000}).status_code == 200)
+
+
+def test_a_body_whose_client_leaves_counts_no_more(frontend: Frontend, http: httpx.Client) -> None:
+    with half_sent(frontend, "/v1/completions", 2 << 20):
+        wait_until(lambda: http.post("/tokenize", json={"prompt": "x"}).status_code == 429)
+    wait_until(lambda: http.post("/tokenize", json={"prompt": "x"}).status_code == 200)
 
 
 def test_what_finds_nothing_waiting_is_taken_whatever_its_size(frontend: Frontend, http: httpx.Client) -> None:
@@ -337,6 +383,36 @@ def test_a_python_client_that_stops_receiving_is_dropped_and_stalls_nobody(
         silent.gather_one()
     assert "--max-stream-buffer" in next(m.reason for m in silent.others if isinstance(m, Refused))
     assert silent.num_outputs < 400
+
+
+def test_a_python_client_that_never_says_what_it_took_gains_nothing_by_requests_that_end(
+    make_frontend: Callable[..., Frontend], connect: Callable[..., Client]
+) -> None:
+    frontend = make_frontend(max_stream_buffer=str(BUFFER)).start()
+    silent = connect(frontend)
+    # Each leaves some 20 kB, less than its share of the buffer: 16 of these do not fill 16 shares, but 100 do.
+    params = SamplingParams(max_tokens=100, ignore_eos=True, logprobs=20)
+    for request_id in range(200):
+        silent.generate(request_id, "x", params, stream=False)
+        while request_id not in silent.finished and not any(isinstance(m, Refused) for m in silent.others):
+            silent.gather_one()
+        if request_id not in silent.finished:
+            break
+    assert 16 < request_id < 199
+    assert "--max-stream-buffer" in silent.others[-1].reason
+
+
+def test_refusals_that_nobody_takes_count_too(
+    make_frontend: Callable[..., Frontend], connect: Callable[..., Client]
+) -> None:
+    frontend = make_frontend(max_stream_buffer=str(BUFFER)).start()
+    silent = connect(frontend)
+    for _ in range(3000):
+        silent.channel.socket.send(b"\xc1")
+    reasons = [silent.receive(Refused).reason for _ in range(3000)]
+    num_counted = next(i for i, reason in enumerate(reasons) if "--max-stream-buffer" in reason)
+    # Those after it have gone to a client that is not known any more.
+    assert 300 < num_counted < 2000
 
 
 def test_a_python_client_that_receives_gets_more_than_the_buffer_holds(frontend: Frontend) -> None:

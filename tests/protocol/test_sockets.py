@@ -69,3 +69,24 @@ def test_another_user_is_kept_out_by_the_mode_and_without_it_by_the_kernels_word
     bound.chmod(0o666)
     assert greeting(bound, NOBODY) == "closed"
     assert greeting(bound, os.getuid()) == "greeted"
+
+
+def test_no_more_messages_wait_to_be_received_than_allowed(tmp_path: Path) -> None:
+    address = f"ipc://{tmp_path}/engine.sock"
+    context = zmq.Context()
+    receiver = open_socket(context, zmq.ROUTER, bind=address, max_received=10)
+    sender = context.socket(zmq.DEALER)
+    sender.setsockopt(zmq.SNDHWM, 1)
+    sender.connect(address)
+    num_sent = 0
+    try:
+        # Larger than what the kernel keeps, so that little but the two queues is counted.
+        while sender.poll(300, zmq.POLLOUT):
+            sender.send(bytes(1 << 20), zmq.DONTWAIT)
+            num_sent += 1
+            assert num_sent < 100
+        assert num_sent >= 10
+    finally:
+        sender.close(linger=0)
+        receiver.close(linger=0)
+        context.term()
