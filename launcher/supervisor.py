@@ -43,7 +43,7 @@ _STOP_SECONDS = 10.0
 # The core answers within a step's time, whatever the worker does.
 _MOST_CORE_SILENCE_S = 60.0
 # What a process may take to start again: as long as this, or as long as so many times the first start took.
-_START_PATIENCE_S, _START_PATIENCE_TIMES = 60.0, 4
+_START_PATIENCE_S, _START_PATIENCE_TIMES = 20.0, 4
 
 
 class Supervisor:

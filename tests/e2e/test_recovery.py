@@ -108,6 +108,21 @@ async def test_a_stopped_worker_is_replaced_though_the_core_dies_too(recovering:
     assert "has not met the core within 2 s" in recovering.output
 
 
+@pytest.mark.slow
+async def test_a_worker_that_is_stopped_while_it_starts_is_replaced(recovering: RunningEngine) -> None:
+    requests = make_requests(8)
+    expected = await answers(recovering.address, requests)
+    first = recovering.child("worker.main")
+
+    def stop_the_next() -> None:
+        while (worker := recovering.child("worker.main")).pid == first.pid:
+            pass
+        worker.send_signal(signal.SIGSTOP)
+
+    assert await answers_meanwhile(recovering, requests, first.kill, stop_the_next) == expected
+    assert "has not started within" in recovering.output
+
+
 async def test_health_says_why_and_requests_wait_while_the_engine_recovers(recovering: RunningEngine) -> None:
     expected = await answers(recovering.address, make_requests(2))
     async with httpx.AsyncClient(base_url=recovering.url, timeout=60) as http:
