@@ -122,7 +122,7 @@ def test_a_json_log_is_json_throughout_and_tells_each_request(
         ) as stream:
             next(stream.iter_lines())
     # Bytes that are no message, to the frontend and to the core, which both say so in their logs.
-    (core_socket,) = engine.directory.glob("run-*/core.sock")
+    (core_socket,) = engine.directory.glob("run-*/core-0")
     with zmq.Context() as context:
         for address in (engine.address, f"ipc://{core_socket}"):
             with context.socket(zmq.DEALER) as peer:
