@@ -130,11 +130,13 @@ def _wait_until(condition: Callable[[], bool], message: str) -> None:
         time.sleep(0.05)
 
 
-def test_damaged_messages_are_refused_or_served(raw: Callable[..., RawClient]) -> None:
+@pytest.mark.parametrize("number_of_messages", [3000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.timeout(900)
+def test_damaged_messages_are_refused_or_served(raw: Callable[..., RawClient], number_of_messages: int) -> None:
     client = raw()
     client.send(HELLO)
     client.receive(Welcome)
-    for number, frame in enumerate(mutations([encode(message) for message in VALID], 3000, seed=3)):
+    for number, frame in enumerate(mutations([encode(message) for message in VALID], number_of_messages, seed=3)):
         client.socket.send(frame)
         if number % 50 == 0:
             client.drain()
