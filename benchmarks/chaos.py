@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from benchmarks.command import run_command
 from benchmarks.processes import EngineProcesses
 from benchmarks.workloads import random_ids
 from frontend import AsyncClient, EngineError, SamplingParams
@@ -211,14 +212,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--streams", type=int, default=200, help="streams under way at once")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    try:
-        return asyncio.run(run(arguments))
-    except (EngineError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(run(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ machine's and this user's. After a warm-up it is looked at again and again.
 
 With a number of requests, what is there at the end, when it is idle, is compared with the most that was seen in the
 first half. With a time, it is looked at each minute, and the end is compared with the end of the warm-up, idle as well
-and without HTTP connections: as many open files, and memory within some percent, except that with --http this client's
-own memory is only shown. Exits with code 1 if something grew by more than is allowed, a block did not come back, or a
-request failed.
+and without HTTP connections: as many open files, and memory within some percent. Exits with code 1 if something grew by
+more than is allowed, a block did not come back, or a request failed.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import Protocol
 import httpx
 from tqdm import tqdm
 
+from benchmarks.command import run_command
 from benchmarks.soak_http import HttpRequests
 from benchmarks.soak_ipc import IpcRequests
 from benchmarks.soak_looks import Allowance, Snapshot, WatchedEngine, drift, growth
@@ -143,7 +143,7 @@ async def _soak_for_time(
     table.print(after)
     # The heap of a process that uses httpx fragments as it goes on: what malloc has handed out stays the same, what it
     # has taken for that grows, a MiB in ten minutes.
-    return drift(before, after, arguments.allow_percent, may_grow=["client"] if http is not None else [])
+    return drift(before, after, arguments.allow_percent)
 
 
 async def run(arguments: argparse.Namespace) -> int:
@@ -185,14 +185,7 @@ def main() -> int:
     timed.add_argument("--warmup-seconds", type=float, default=60.0, help="of it, before the look that counts")
     timed.add_argument("--warmup-concurrency", type=int, help="requests under way at once till then, if not as many")
     timed.add_argument("--allow-percent", type=float, default=5.0, help="resident memory that a process may grow by")
-    arguments = parser.parse_args()
-    try:
-        return asyncio.run(run(arguments))
-    except (EngineError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(run(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.processes import EngineProcesses, ProcessUse, own_use
@@ -65,16 +65,15 @@ def growth(looks: list[Snapshot], allowed: Allowance) -> list[str]:
     return [*found, *_lost_blocks(after)]
 
 
-def drift(before: Snapshot, after: Snapshot, percent: float, may_grow: Collection[str] = ()) -> list[str]:
+def drift(before: Snapshot, after: Snapshot, percent: float) -> list[str]:
     """What is not as it was, between two looks at an idle engine, as sentences.
 
-    Memory, that of the GPUs too, may have grown by so many percent, and that of the processes in `may_grow` by any;
-    open files must be as many.
+    Memory, that of the GPUs too, may have grown by so many percent; open files must be as many.
     """
     found = list(_came_or_went(before, after))
     for name in before.processes.keys() & after.processes.keys():
         then, now = before.processes[name], after.processes[name]
-        if name not in may_grow and now.memory > then.memory * (1 + percent / 100):
+        if now.memory > then.memory * (1 + percent / 100):
             more = (now.memory / then.memory - 1) * 100
             found.append(f"{name} grew by {more:.1f} %, from {then.memory:.1f} to {now.memory:.1f} MiB")
         if now.files != then.files:

@@ -9,11 +9,11 @@ gives processor time by process over the tokens delivered, and the memory that e
 from __future__ import annotations
 
 import argparse
-import asyncio
 import resource
 import sys
 import time
 
+from benchmarks.command import run_command
 from benchmarks.http_transport import HttpTransport
 from benchmarks.processes import EngineProcesses, ProcessUse, own_use
 from benchmarks.runner import RequestsFailedError, require_whole, run_workload, settle
@@ -79,14 +79,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=1000, help="streams at once")
     parser.add_argument("--input-len", type=int, default=8, help="tokens of a prompt")
     parser.add_argument("--output-len", type=int, default=128, help="tokens of an answer")
-    arguments = parser.parse_args()
-    try:
-        return asyncio.run(run(arguments))
-    except (EngineError, RequestsFailedError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command(run(parser.parse_args()), RequestsFailedError, ValueError)
 
 
 if __name__ == "__main__":
