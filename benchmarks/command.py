@@ -11,7 +11,7 @@ from frontend import EngineError
 
 def run_command(command: Coroutine[None, None, int], *errors: type[Exception]) -> int:
     """The exit code of the command, 2 after an error of the engine, the system or of `errors`, 130 after Ctrl-C."""
-    expected = (EngineError, OSError, *errors)
+    expected: tuple[type[Exception], ...] = (EngineError, OSError, *errors)
     try:
         return asyncio.run(command)
     except expected as error:
