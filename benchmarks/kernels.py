@@ -276,7 +276,7 @@ def attention_calls(
     def backend_for(step: AttentionMetadata) -> AttentionBackend:
         backend = create_backend(
             name, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, block_size=block_size,
-            max_rows=len(kv_lens), max_blocks_per_row=step.block_table.shape[1],
+            max_rows=len(kv_lens), max_tokens=sum(counts), max_blocks_per_row=step.block_table.shape[1],
             device=torch.device("cuda", torch.cuda.current_device()), dtype=BF16,
         )  # fmt: skip
         backend.prepare(step)

@@ -18,13 +18,15 @@ from protocol.model_config import ModelConfig
 MIN_CHUNK = 256
 # Tokens beside decodes before any prefill was measured: a few milliseconds on most GPUs, and then the rate is known.
 UNMEASURED_CHUNK = 1024
+# What a flop of attention takes, in flops of products: chunks beside decodes add to products that have to be anyway.
+ATTENTION_FLOP = 1.5
 # Prefill may always take this many times as long as the decodes beside it. Where decodes alone come near the bound a
 # prompt would crawl, and each step reads the weights once more for little.
-PREFILL_PER_DECODE = 4.0
+PREFILL_PER_DECODE = 2.0
 # A queue is not made to take more than this many steps: what waits for its first token would wait for each of them, and
 # each reads the weights once more. So a burst of long prompts is computed in large chunks, and one prompt that comes
 # while others stream in bounded ones.
-MOST_STEPS_OF_QUEUE = 8
+MOST_STEPS_OF_QUEUE = 6
 # The median of five: two that are far off change nothing, and three make a change known.
 NUM_SAMPLES = 5
 
@@ -34,7 +36,8 @@ class RelativeCosts:
     """How a model's costs compare, on any device.
 
     Attributes:
-        pair: flops of one (query, key) pair of attention, over those of a token of prefill without attention.
+        pair: flops of one (query, key) pair of attention, over those of a token of prefill without attention, and as
+            much more as attention's flops take longer than products' do.
         cached_token: time that one cached token adds to a decode step, over that of the step without any: bytes of its
             keys and values, over twice those of the weights, since small kernels wait as long as they read.
     """
@@ -49,7 +52,7 @@ class RelativeCosts:
         head = model.vocab_size * model.hidden_size
         return RelativeCosts(
             # For each head dimension a pair costs a multiply-add for q·k and one for p·v; a weight costs one a token.
-            pair=2 * model.num_layers * model.num_heads * model.head_dim / layers,
+            pair=ATTENTION_FLOP * 2 * model.num_layers * model.num_heads * model.head_dim / layers,
             cached_token=model.kv_bytes_per_token(itemsize=1) / (2 * (layers + head)),
         )
 

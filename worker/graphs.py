@@ -25,7 +25,7 @@ def token_buckets(max_num_batched_tokens: int) -> list[int]:
     """Token counts that steps with prefill are padded to. Below a few hundred tokens the weights decide the time, so
     that padding is nearly free there."""
     most = min(max_num_batched_tokens, _MOST_CAPTURED_TOKENS)
-    sizes = {16, 32, *range(64, 385, 64), *range(512, 4097, 128), *range(4352, most + 1, 256)}
+    sizes = {16, 32, *range(64, 1537, 64), *range(1664, 4097, 128), *range(4352, most + 1, 256)}
     sizes.add(most)
     return sorted(size for size in sizes if size <= most)
 

@@ -74,6 +74,7 @@ class StepProgram:
             head_dim=model_config.head_dim,
             block_size=config.block_size,
             max_rows=max_rows,
+            max_tokens=max_tokens,
             max_blocks_per_row=state.max_blocks,
             device=device,
             dtype=dtype,

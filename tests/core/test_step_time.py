@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.step_time import (
+    ATTENTION_FLOP,
     MIN_CHUNK,
     MOST_STEPS_OF_QUEUE,
     PREFILL_PER_DECODE,
@@ -48,7 +49,7 @@ def taught_model(max_seconds: float = 8e-3) -> StepTimeModel:
 def test_costs_are_the_model_s_flops_and_bytes() -> None:
     costs = RelativeCosts.of(load_model_config(ROOT / "benchmarks/models/qwen3-0.6b"))
     weights_per_layer = 1024 * (16 + 8 + 8) * 128 + 16 * 128 * 1024 + 3 * 1024 * 3072
-    assert costs.pair == pytest.approx(4 * 16 * 128 / (2 * weights_per_layer))
+    assert costs.pair == pytest.approx(ATTENTION_FLOP * 4 * 16 * 128 / (2 * weights_per_layer))
     weights = 28 * weights_per_layer + 151_936 * 1024
     assert costs.cached_token == pytest.approx(114_688 / (2 * 2 * weights))
 

@@ -32,6 +32,7 @@ PREFILL = {
     "chunks": ([100, 1, 700], [4000, 50, 1500], 0, 60),
     "mixed": ([1] * 40 + [300, 0, 65], [700] * 39 + [5, 300, 0, 129], 40, 5),
     "a long prompt": ([3000], [3000], 0, 0),
+    "a tile for many programs": ([16], [8000], 0, 0),
 }
 
 
@@ -44,6 +45,7 @@ def make(name: str, batch: PagedBatch) -> AttentionBackend:
         head_dim=head_dim,
         block_size=block_size,
         max_rows=len(batch.metadata.row_slots),
+        max_tokens=batch.query.shape[0],
         max_blocks_per_row=batch.metadata.block_table.shape[1],
         device=torch.device("cuda"),
         dtype=batch.query.dtype,

@@ -29,6 +29,7 @@ from worker.kernels import (  # noqa: E402
     filter_threshold,
     fused_linear,
     gumbel_sample,
+    prefill_schedule,
     qk_norm_rope,
     rms_norm,
     silu_mul,
@@ -47,7 +48,7 @@ INT32_POINTERS = {
     "row_slots_ptr", "query_start_ptr", "seq_lens_ptr", "block_table_ptr", "positions_ptr", "kv_lens_ptr",
     "items_ptr", "num_items_ptr", "arrived_ptr", "index_ptr", "status_ptr", "token_ptr",
     "decode_rows_ptr", "last_token_ptr", "token_ids_ptr", "top_k_ptr", "keys_ptr", "last_keys_ptr",
-    "headers_ptr", "bias_ids_ptr", "bad_words_ptr", "recent_ptr", "allowed_ptr",
+    "tiles_ptr", "shares_ptr", "plan_ptr", "headers_ptr", "bias_ids_ptr", "bad_words_ptr", "recent_ptr", "allowed_ptr",
 }  # fmt: skip
 INT16_POINTERS = {"counts_ptr"}
 INT64_POINTERS = {"cache_slots_ptr", "seeds_ptr"}
@@ -115,7 +116,7 @@ def attention_cases(
             name = f"decode {dtype} {head_dim} {rows} rows, fused {fused}"
             cases.append((name, attention_decode._decode_kernel, dtype, constants, options))
         for small in (False, True):
-            prefill = attention_prefill.prefill_config(capability, head_dim, dtype.itemsize, small)
+            prefill = prefill_schedule.prefill_config(capability, head_dim, dtype.itemsize, small)
             constants = attention_prefill.prefill_constants(heads, kv_heads, head_dim, block_size, prefill, dtype)
             options = {"num_warps": prefill.num_warps, "num_stages": prefill.num_stages,
                        "maxnreg": prefill.maxnreg}  # fmt: skip
@@ -202,6 +203,9 @@ def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
     constants = {"TILE": config.tile, "MIN_CHUNK": config.min_chunk, "ROWS": 512, "ITEM": 8,
                  "BLOCK": 32}  # fmt: skip
     assert shared_memory(decode_schedule._schedule_kernel, capability, bf16, constants) <= limit
+    prefill = prefill_schedule.prefill_config(capability, 128, 2, small=False)
+    constants = prefill_schedule.prefill_schedule_constants(prefill, 33, 2, 641)
+    assert shared_memory(prefill_schedule._schedule_kernel, capability, bf16, constants, num_warps=8) <= limit
     constants = {"VOCAB": 151936, "BLOCK": 2048, "STRETCHES": 75}
     assert shared_memory(argmax_sample._partial_kernel, capability, bf16, constants) <= limit
     constants = {"STRETCHES": 75, "BLOCK": 128}

@@ -16,9 +16,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from worker.attention import QueryKeyTransform, create_backend
 from worker.attention.testing import PagedBatch, dense_attention, random_batch
+from worker.kernels import prefill_schedule
+from worker.kernels._triton import cdiv
 from worker.kernels.attention_decode import paged_decode_attention, paged_decode_attention_reference
 from worker.kernels.attention_prefill import paged_prefill_attention, paged_prefill_attention_reference
 from worker.kernels.decode_schedule import DecodeWorkspace, schedule_decode
+from worker.kernels.prefill_schedule import PrefillWorkspace, schedule_prefill
 
 SHAPES = [  # heads, key/value heads, head_dim, block_size
     (2, 2, 64, 16),
@@ -136,7 +139,8 @@ def test_fused_decode_does_what_two_kernels_do(lens: str, shape: tuple[int, int,
     for name in ("triton", "torch"):
         backend = create_backend(
             name, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, max_rows=rows,
-            max_blocks_per_row=metadata.block_table.shape[1], device=torch.device("cpu"), dtype=torch.float32,
+            max_tokens=rows, max_blocks_per_row=metadata.block_table.shape[1], device=torch.device("cpu"),
+            dtype=torch.float32,
         )  # fmt: skip
         cache = torch.stack([batch.key_cache, batch.value_cache])
         backend.prepare(metadata)
@@ -154,7 +158,8 @@ def test_a_step_whose_mixture_only_the_device_knows(step: str) -> None:
     batch.metadata.num_decode_rows = None
     backend = create_backend(
         "triton", num_heads=4, num_kv_heads=2, head_dim=64, block_size=16, max_rows=len(query_lens) + 2,
-        max_blocks_per_row=batch.metadata.block_table.shape[1], device=torch.device("cpu"), dtype=torch.float32,
+        max_tokens=batch.query.shape[0], max_blocks_per_row=batch.metadata.block_table.shape[1],
+        device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
     backend.prepare(batch.metadata)
     assert_agrees(backend.forward(batch.query, batch.key_cache, batch.value_cache, batch.metadata), batch)
@@ -176,29 +181,8 @@ def test_prefill_kernel_and_reference_agree_with_dense_attention(step: str, shap
         block_size=block_size,
     )
     metadata = batch.metadata
-    for attend in (paged_prefill_attention, paged_prefill_attention_reference):
-        out = torch.full((batch.query.shape[0], heads, head_dim), float("nan"))
-        attend(
-            batch.query,
-            batch.key_cache,
-            batch.value_cache,
-            metadata.block_table,
-            metadata.row_slots,
-            metadata.query_start,
-            metadata.kv_lens,
-            metadata.decode_rows,
-            head_dim**-0.5,
-            out,
-        )
-        assert out[:decode].isnan().all()  # the decode rows are not its to write
-        assert_agrees(out, batch, decode)
-
-
-def test_prefill_of_many_tokens_uses_the_large_tile() -> None:
-    batch = random_batch([200, 100], [200, 150], num_heads=8, num_kv_heads=4)
-    out = torch.full((300, 8, 64), float("nan"))
-    metadata = batch.metadata
-    paged_prefill_attention(
+    out = torch.full((batch.query.shape[0], heads, head_dim), float("nan"))
+    paged_prefill_attention_reference(
         batch.query,
         batch.key_cache,
         batch.value_cache,
@@ -207,9 +191,78 @@ def test_prefill_of_many_tokens_uses_the_large_tile() -> None:
         metadata.query_start,
         metadata.kv_lens,
         metadata.decode_rows,
-        64**-0.5,
+        head_dim**-0.5,
         out,
     )
+    for result in (out, prefill_attention(batch, decode)[0]):
+        assert result[:decode].isnan().all()  # the decode rows are not its to write
+        assert_agrees(result, batch, decode)
+
+
+def prefill_attention(batch: PagedBatch, decode: int = 0) -> tuple[torch.Tensor, PrefillWorkspace]:
+    """The kernel's result, NaN where it writes nothing, and the workspace that it used."""
+    tokens, heads, head_dim = batch.query.shape
+    metadata = batch.metadata
+    workspace = PrefillWorkspace.create(
+        max_rows=len(metadata.row_slots),
+        max_tokens=tokens,
+        num_heads=heads,
+        num_kv_heads=batch.key_cache.shape[2],
+        head_dim=head_dim,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    schedule_prefill(
+        metadata.row_slots,
+        metadata.query_start,
+        metadata.kv_lens,
+        metadata.decode_rows,
+        tokens,
+        decode,
+        workspace,
+    )
+    out = torch.full((tokens, heads, head_dim), float("nan"))
+    caches = batch.key_cache, batch.value_cache
+    paged_prefill_attention(
+        batch.query, *caches, metadata.block_table, workspace, head_dim**-0.5, out, least_decode_rows=decode
+    )
+    return out, workspace
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens"),
+    [([8], [1500]), ([40, 8], [1000, 700]), ([70, 3, 20], [70, 900, 300])],
+    ids=["one tile", "tiles and rows", "whole and shared tiles"],
+)
+def test_programs_share_prefill_equally(
+    query_lens: list[int], kv_lens: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long cache is read by all programs, wherever their shares begin and end."""
+    monkeypatch.setattr(prefill_schedule, "_SHARING_COST", 0)
+    monkeypatch.setattr(prefill_schedule, "_PART_COST", 0)
+    batch = random_batch(query_lens, kv_lens, num_heads=2, num_kv_heads=1)
+    out, workspace = prefill_attention(batch)
+    assert_agrees(out, batch)
+    config, programs = workspace.launch(sum(query_lens))
+    tokens = config.tokens(2)
+    work = 0
+    for length, kv_len in zip(query_lens, kv_lens, strict=True):
+        for first in range(0, length, tokens):
+            work += cdiv(min(kv_len, kv_len - length + first + tokens), config.tile) * config.tile
+    shares = int(workspace.plan[1])
+    begins, ends = workspace.shares[:shares, 1].tolist(), workspace.shares[:shares, 2].tolist()
+    assert begins == [0, *ends[:-1]]
+    assert ends[-1] == work
+    sizes = [end - begin for begin, end in zip(begins, ends, strict=True)]
+    assert max(sizes) <= max(256, 1.25 * work / programs)
+    assert workspace.arrived.eq(0).all()
+    assert workspace.plan[2:].eq(0).all()
+
+
+def test_prefill_of_many_tokens_uses_the_large_tile() -> None:
+    batch = random_batch([200, 100], [200, 150], num_heads=8, num_kv_heads=4)
+    out, workspace = prefill_attention(batch)
+    assert workspace.launch(300)[0] == workspace.large != workspace.small
     assert_agrees(out, batch)
 
 
@@ -224,6 +277,7 @@ def test_triton_backend_agrees_with_dense_attention(step: str) -> None:
         head_dim=64,
         block_size=16,
         max_rows=16,
+        max_tokens=256,
         max_blocks_per_row=99,
         device=torch.device("cpu"),
         dtype=torch.float32,

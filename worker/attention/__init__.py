@@ -23,6 +23,7 @@ def create_backend(
     head_dim: int,
     block_size: int,
     max_rows: int,
+    max_tokens: int,
     max_blocks_per_row: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -32,7 +33,7 @@ def create_backend(
     Args:
         num_heads, num_kv_heads, head_dim: shape of a layer's attention; num_kv_heads divides num_heads.
         block_size: tokens a cache block.
-        max_rows: most rows of a step.
+        max_rows, max_tokens: most rows and tokens of a step.
         max_blocks_per_row: width of the block table.
         device, dtype: of the cache and the queries.
 
@@ -61,6 +62,7 @@ def create_backend(
             head_dim=head_dim,
             block_size=block_size,
             max_rows=max_rows,
+            max_tokens=max_tokens,
             device=device,
             dtype=dtype,
         )

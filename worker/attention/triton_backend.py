@@ -1,7 +1,7 @@
 """Attention by this project's own Triton kernels: the default on a GPU.
 
-Decode rows go to the split decode kernel, whose work list is made once a step; the other rows go to the prefill
-kernel. Any cache block size that is a power of two of at least 16 tokens will do.
+Decode rows go to the split decode kernel, the other rows to the prefill kernel; what each program of either does is
+decided once a step. Any cache block size that is a power of two of at least 16 tokens will do.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from worker.attention.interface import AttentionMetadata, write_keys_and_values
 from worker.kernels.attention_decode import paged_decode_attention
 from worker.kernels.attention_prefill import paged_prefill_attention
 from worker.kernels.decode_schedule import DecodeWorkspace, schedule_decode
+from worker.kernels.prefill_schedule import PrefillWorkspace, schedule_prefill
 from worker.kernels.qk_norm_rope import QueryKeyTransform
 
 # Decode rows up to which normalisation, rotation and the cache write are part of the attention kernel. In larger steps
@@ -32,6 +33,7 @@ class TritonAttention:
         head_dim: int,
         block_size: int,
         max_rows: int,
+        max_tokens: int,
         device: torch.device,
         dtype: torch.dtype,
     ):
@@ -39,8 +41,17 @@ class TritonAttention:
             raise ValueError(f"block_size={block_size}: triton attention needs a power of two of at least 16")
         self._head_dim = head_dim
         self._scale = head_dim**-0.5
-        self._workspace = DecodeWorkspace.create(
+        self._decode = DecodeWorkspace.create(
             max_rows=max_rows,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+        )
+        self._prefill = PrefillWorkspace.create(
+            max_rows=max_rows,
+            max_tokens=max_tokens,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -49,11 +60,17 @@ class TritonAttention:
         )
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        """Makes the decode rows' work list."""
+        """Shares the rows' work out, for all layers."""
+        tokens = metadata.positions.shape[0]
         if metadata.num_decode_rows != 0:
             schedule_decode(
                 metadata.row_slots, metadata.kv_lens, metadata.decode_rows, self._most_decode_rows(metadata),
-                self._workspace,
+                self._decode,
+            )  # fmt: skip
+        if metadata.num_decode_rows != tokens:
+            schedule_prefill(
+                metadata.row_slots, metadata.query_start, metadata.kv_lens, metadata.decode_rows, tokens,
+                metadata.num_decode_rows or 0, self._prefill,
             )  # fmt: skip
 
     @staticmethod
@@ -76,7 +93,7 @@ class TritonAttention:
             num_heads = heads.shape[1] - 2 * key_cache.shape[2]
             out = torch.empty((tokens, num_heads, self._head_dim), dtype=qkv.dtype, device=qkv.device)
             return paged_decode_attention(
-                heads, key_cache, value_cache, metadata.block_table, self._workspace, self._scale, out, transform
+                heads, key_cache, value_cache, metadata.block_table, self._decode, self._scale, out, transform
             )
         query = write_keys_and_values(qkv, transform, key_cache, value_cache, metadata)
         return self.forward(query, key_cache, value_cache, metadata)
@@ -97,7 +114,7 @@ class TritonAttention:
                 key_cache,
                 value_cache,
                 metadata.block_table,
-                self._workspace,
+                self._decode,
                 self._scale,
                 out[:most_decode],
             )
@@ -107,10 +124,7 @@ class TritonAttention:
                 key_cache,
                 value_cache,
                 metadata.block_table,
-                metadata.row_slots,
-                metadata.query_start,
-                metadata.kv_lens,
-                metadata.decode_rows,
+                self._prefill,
                 self._scale,
                 out,
                 least_decode_rows=metadata.num_decode_rows or 0,
