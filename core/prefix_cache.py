@@ -7,7 +7,7 @@ reference counts: the block pool says when a block's content is gone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 
 import numpy as np
@@ -18,13 +18,20 @@ def root_digest(cache_salt: str | None) -> bytes:
     return sha256(b"" if cache_salt is None else b"salt:" + cache_salt.encode()).digest()
 
 
-def extend_digests(digests: list[bytes], root: bytes, token_ids: np.ndarray, block_size: int, num_blocks: int) -> None:
-    """Appends digests until `digests` covers the first `num_blocks` full blocks of `token_ids` (int32)."""
-    parent = digests[-1] if digests else root
-    for index in range(len(digests), num_blocks):
-        tokens = token_ids[index * block_size : (index + 1) * block_size]
-        parent = sha256(parent + tokens.tobytes()).digest()
-        digests.append(parent)
+def digests_of(
+    digests: list[bytes], root: bytes, token_ids: np.ndarray, block_size: int, num_blocks: int, first: int = 0
+) -> Iterator[bytes]:
+    """The digests of full blocks `first` to `num_blocks - 1` of `token_ids` (int32), one after another.
+
+    Those in `digests` are known already; others are appended to it as they are asked for: a prompt whose beginning is
+    not cached is not read to its end to find that out.
+    """
+    for index in range(first, num_blocks):
+        while index >= len(digests):
+            start = len(digests) * block_size
+            tokens = token_ids[start : start + block_size].tobytes()
+            digests.append(sha256((digests[-1] if digests else root) + tokens).digest())
+        yield digests[index]
 
 
 class PrefixCache:
@@ -39,7 +46,7 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._block_of)
 
-    def find(self, digests: Sequence[bytes]) -> list[int]:
+    def find(self, digests: Iterable[bytes]) -> list[int]:
         """The blocks of the longest known prefix of a digest chain."""
         blocks = []
         for digest in digests:

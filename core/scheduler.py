@@ -20,12 +20,12 @@ from core.counters import Counters
 from core.endings import ending_of, why_no_token
 from core.grammar import GrammarState
 from core.logit_edits import logit_edits
-from core.prefix_cache import PrefixCache, extend_digests
+from core.prefix_cache import PrefixCache, digests_of
 from core.request import Phase, Request
 from core.results import StepEffects
 from core.slots import SlotTable
 from core.step_plan import PrefillChunks, StepInFlight
-from core.step_time import PrefillBudget, StepTimeModel, StepWork
+from core.step_time import PrefillBudget, StepTimeModel, StepWork, num_pairs
 from core.waiting_queue import WaitingQueue
 from protocol.messages import (
     AddRequest,
@@ -73,6 +73,7 @@ class Scheduler:
         self._decode_slots: np.ndarray | None = None  # None when the set of decoding requests changed
         self._sent_decode_slots: np.ndarray | None = None
         self._released_slots: list[int] = []
+        self._slots_to_register: list[int] = []  # whose prefilled blocks the prefix cache is yet to be told of
         self._in_flight: deque[StepInFlight] = deque()
         self._num_arrivals = 0
         self._counters = Counters()
@@ -238,6 +239,16 @@ class Scheduler:
         self._counters.computed_tokens += len(decode_slots) + budget.num_tokens
         return step
 
+    def register_prefilled(self) -> None:
+        """Tells the prefix cache of what was prefilled, which is done as soon as somebody looks for it, if not before.
+
+        To be called when a step has been sent and nothing waits: a long prompt's blocks take longer to register than
+        the GPU should wait for its step.
+        """
+        for slot in self._slots_to_register:
+            self._register_blocks(slot)
+        self._slots_to_register.clear()
+
     def take_masked_rows(self) -> tuple[int, list[tuple[int, Request, int]]] | None:
         """A step that waits for masks that can be made now, as all tokens before it are back; None if none does.
 
@@ -312,13 +323,17 @@ class Scheduler:
         tokens = self.config.max_num_batched_tokens - num_decodes
         if self.step_time is None or not num_decodes:
             return PrefillBudget(tokens, self.config.block_size)
-        return self.step_time.prefill_budget(tokens, self.config.block_size, context, self.num_queued_tokens)
+        return self.step_time.prefill_budget(tokens, self.config.block_size, context, self.queued_work())
 
-    @property
-    def num_queued_tokens(self) -> int:
+    def queued_work(self) -> StepWork:
         """Known tokens that are still to be computed, by requests that wait or prefill; some may turn out cached."""
-        slots = [request.slot for request in self._prefilling]
-        return self._waiting.num_tokens + int((self.table.num_known[slots] - self.table.num_computed[slots]).sum())
+        tokens, pairs = self._waiting.num_tokens, self._waiting.num_pairs
+        for request in self._prefilling:
+            start = int(self.table.num_computed[request.slot])
+            length = int(self.table.num_known[request.slot]) - start
+            tokens += length
+            pairs += num_pairs(start, length)
+        return StepWork(0, tokens, pairs)
 
     def _take_prefills(self, budget: PrefillBudget, chunks: PrefillChunks) -> list[AdmittedSlot]:
         """Requests whose prompt was cut off by an earlier step's budget, and new ones, in the one order of them all."""
@@ -384,10 +399,10 @@ class Scheduler:
         """
         if not self.config.enable_prefix_caching or not request.prompt_is_measured:
             return []
+        self.register_prefilled()
         block_size = self.config.block_size
         most = (len(request.token_ids) - 1) // block_size
-        extend_digests(request.digests, request.root, request.token_ids, block_size, most)
-        return self.cache.find(request.digests[:most])
+        return self.cache.find(digests_of(request.digests, request.root, request.token_ids, block_size, most))
 
     def _start(self, request: Request, num_cached_blocks: int) -> AdmittedSlot:
         num_cached_tokens = num_cached_blocks * self.config.block_size
@@ -430,7 +445,7 @@ class Scheduler:
         chunks.samples.append(samples)
         if request.is_measuring:
             chunks.measured.append((request, int(table.num_computed[slot]) >= request.num_prompt_tokens))
-        self._register_blocks(slot)
+        self._slots_to_register.append(slot)
         if samples:
             self._set_phase(request, Phase.DECODING if known + 1 < request.total_limit else Phase.DRAINING)
 
@@ -510,7 +525,7 @@ class Scheduler:
             return
         if token >= 0:
             request.append(token)
-            self._waiting.count_token()
+            self._waiting.count_token(request)
             self._counters.generation_tokens += 1
             effects.add_row(request.frontend_index, request.request_id, token, row)
         self._end_if_done(request, token, len(request.token_ids), effects)
@@ -552,9 +567,10 @@ class Scheduler:
         request = table.requests[slot]
         assert request is not None
         full = int(min(table.num_known[slot], table.num_computed[slot])) // self.config.block_size
-        extend_digests(request.digests, request.root, table.token_ids[slot], self.config.block_size, full)
-        for index in range(int(table.num_registered[slot]), full):
-            self.cache.register(request.digests[index], request.block_ids[index])
+        known, first = table.token_ids[slot], int(table.num_registered[slot])
+        digests = digests_of(request.digests, request.root, known, self.config.block_size, full, first)
+        for block, digest in zip(request.block_ids[first:full], digests, strict=True):
+            self.cache.register(digest, block)
         table.num_registered[slot] = full
 
     def _set_phase(self, request: Request | None, phase: Phase) -> None:
@@ -568,6 +584,7 @@ class Scheduler:
         request.phase = phase
 
     def _leave_slot(self, request: Request, phase: Phase) -> None:
+        self.register_prefilled()
         self._set_phase(request, phase)
         self._running.remove(request)
         self._released_slots.append(request.slot)

@@ -27,6 +27,9 @@ PREFILL_PER_DECODE = 2.0
 # each reads the weights once more. So a burst of long prompts is computed in large chunks, and one prompt that comes
 # while others stream in bounded ones.
 MOST_STEPS_OF_QUEUE = 6
+# Steps of a queue are made equal, so that the last is no small one. What is over a whole number of them by less than
+# this part of a step makes them longer rather than more.
+_STEP_SLACK = 0.05
 # The median of five: two that are far off change nothing, and three make a change known.
 NUM_SAMPLES = 5
 
@@ -163,15 +166,23 @@ class StepTimeModel:
         """Predicted time of prefill; 0 if it is not known yet."""
         return self._prefill.value * self._prefill_units(tokens, pairs)
 
-    def prefill_budget(self, tokens: int, block_size: int, context: int, queued_tokens: int) -> PrefillBudget:
-        """What may be prefilled beside decodes of this context, in `tokens` at most, of `queued_tokens` in all."""
-        decode = self.decode_seconds(context)
-        queue = self.prefill_seconds(queued_tokens, 0)
-        seconds = max(self.max_seconds - decode, PREFILL_PER_DECODE * decode, queue / MOST_STEPS_OF_QUEUE)
+    def prefill_budget(self, tokens: int, block_size: int, context: int, queue: StepWork) -> PrefillBudget:
+        """What may be prefilled beside decodes of this context, in `tokens` at most. `queue` is all that is to be."""
         rate = self._prefill.value
-        return PrefillBudget(
-            tokens, block_size, seconds / rate if rate else UNMEASURED_CHUNK, self.min_chunk, self._costs.pair
-        )
+        work = self._seconds_of_prefill(context, queue) / rate if rate else UNMEASURED_CHUNK
+        return PrefillBudget(tokens, block_size, work, self.min_chunk, self._costs.pair)
+
+    def _seconds_of_prefill(self, context: int, queue: StepWork) -> float:
+        """How long the prefill of one step may take: as long as streams may wait, or less if the queue's steps can be
+        made equal."""
+        decode = self.decode_seconds(context)
+        fastest = self.prefill_seconds(queue.tokens, 0) / MOST_STEPS_OF_QUEUE
+        bound = max(self.max_seconds - decode, PREFILL_PER_DECODE * decode, fastest)
+        if not 0 < bound < math.inf:
+            return bound
+        total = self.prefill_seconds(queue.tokens, queue.pairs)
+        steps = math.ceil(total / bound - _STEP_SLACK)
+        return total / steps if steps > 1 else max(bound, total)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learns from a step that took `seconds`. Short prefills say too little and are passed over."""

@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Collection
 
 from core.request import Phase, Request
+from core.step_time import num_pairs
 
 _Heap = list[tuple[int, int, Request]]
 
@@ -15,10 +16,12 @@ class WaitingQueue:
 
     Attributes:
         num_tokens: known tokens of all that wait, those included that are not ready to be queued yet.
+        num_pairs: (query, key) pairs of attention that computing all of these would take.
     """
 
     def __init__(self) -> None:
         self.num_tokens = 0
+        self.num_pairs = 0
         # May hold requests that have finished: they are dropped when they come to the head.
         self._heap: _Heap = []
         # By client, requests that were passed over at the head, so that they are not looked at again in each step.
@@ -29,7 +32,7 @@ class WaitingQueue:
 
     def hold(self, request: Request) -> None:
         """Counts a request that cannot be queued yet."""
-        self.num_tokens += len(request.token_ids)
+        self._count(request, 1)
 
     def release(self, request: Request) -> None:
         """Queues a request that was held."""
@@ -61,7 +64,7 @@ class WaitingQueue:
     def pop(self, over: Collection[tuple[int, int]] = ()) -> Request:
         """Takes out what `first` returns."""
         request = heapq.heappop(self._first_heap(over))[2]
-        self.num_tokens -= len(request.token_ids)
+        self._count(request, -1)
         return request
 
     def _first_heap(self, over: Collection[tuple[int, int]]) -> _Heap:
@@ -75,13 +78,18 @@ class WaitingQueue:
         # Where nobody else waits, blocks that are free are no use to anybody else.
         return min(heaps or list(self._passed_over.values()) or [self._heap], key=lambda heap: heap[:1])
 
-    def count_token(self) -> None:
-        """A token came back for a request that waits, since it was on its way when the request lost its slot."""
+    def count_token(self, request: Request) -> None:
+        """A token has come back for a request that waits, since it was on its way when the request lost its slot."""
         self.num_tokens += 1
+        self.num_pairs += len(request.token_ids)
 
     def forget(self, request: Request) -> None:
         """No longer counts a request that is about to finish while it waits."""
-        self.num_tokens -= len(request.token_ids)
+        self._count(request, -1)
+
+    def _count(self, request: Request, sign: int) -> None:
+        self.num_tokens += sign * len(request.token_ids)
+        self.num_pairs += sign * num_pairs(0, len(request.token_ids))
 
 
 def _head(heap: _Heap) -> Request | None:

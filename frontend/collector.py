@@ -109,6 +109,8 @@ class Collector:
             self._on_end()
 
     def flush(self) -> None:
+        if not (self._new or self._failed or self.client_left):
+            return
         # The end of a response is its coroutine's to write, and so is an error.
         if self._pass_on is not None and self._new and self._num_without_end and self._failed is None:
             try:

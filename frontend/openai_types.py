@@ -134,7 +134,7 @@ class CompletionFields(RequestFields, kw_only=True, forbid_unknown_fields=True):
         """
         if isinstance(self.prompt, str):
             return [self.prompt]
-        kinds = {type(item) for item in self.prompt}
+        kinds = set(map(type, self.prompt))
         if len(kinds) != 1:
             problem = "mixes strings, token ids and lists" if kinds else "is an empty list"
             raise InvalidRequestError(

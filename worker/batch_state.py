@@ -1,7 +1,7 @@
 """The batch as it lives on the device: per-slot tensors, and the staging that brings a step's changes to them.
 
-Everything a step changes travels in one copy from a ring of pinned buffers, and is scattered to its slots on the
-device. The host keeps what it needs to know without asking the device: known tokens and lengths.
+Everything a step changes travels in one copy from a ring of pinned buffers, and is brought to its slots by one kernel.
+The host keeps what it needs to know without asking the device: known tokens and lengths.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from protocol.messages import AdmittedSlot, Step, unpack_ints
+from worker.kernels import Ops
+from worker.kernels.apply_changes import FIELDS
 from worker.sampling_variant import variant_of
 
 # Steps whose staging buffers may still be read by the device. More than are ever in flight.
 RING_SIZE = 4
-# Per admitted slot: slot, cached length, top_k, temperature, top_p, min_p, seed low and high.
-_SCALARS_PER_SLOT = 8
 # Where a slot's number of log-probabilities is kept: it wants none. -1 is all.
 NO_LOGPROBS = -2
 
@@ -57,7 +57,8 @@ class StagingRing:
 class BatchState:
     """Per-slot tensors. Row `num_slots` is the null slot, which padding rows point at and nothing reads."""
 
-    def __init__(self, num_slots: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, max_model_len: int, block_size: int, device: torch.device, ops: Ops) -> None:
+        self._ops = ops
         self.num_slots = num_slots
         self.null_slot = num_slots
         self.max_blocks = -(-max_model_len // block_size)
@@ -75,7 +76,7 @@ class BatchState:
         self.min_p = zeros(rows, dtype=torch.float32)
         self.seed = zeros(rows, dtype=torch.int64)
         # At most: every slot admitted with a full table, in one step.
-        self._staging = StagingRing(num_slots * (_SCALARS_PER_SLOT + 2 * self.max_blocks), device)
+        self._staging = StagingRing(num_slots * (FIELDS + 2 * self.max_blocks), device)
         # The host's own view, by slot.
         self.known_tokens: list[np.ndarray] = [np.empty(0, np.int32)] * num_slots
         self.host_lens = np.zeros(num_slots, np.int64)
@@ -88,7 +89,7 @@ class BatchState:
         """Takes what a step changes into the host's view and, if anything did, to the device in one copy."""
         for slot in unpack_ints(step.released_slots).tolist():
             self.known_tokens[slot] = np.empty(0, np.int32)
-        scalars = np.empty((_SCALARS_PER_SLOT, len(step.admitted)), np.int32)
+        scalars = np.empty((FIELDS, len(step.admitted)), np.int32)
         slots = [unpack_ints(step.new_block_slots)]
         positions = [unpack_ints(step.new_block_positions)]
         blocks = [unpack_ints(step.new_block_ids)]
@@ -106,21 +107,22 @@ class BatchState:
         """Empties the slots. What the device has of them is overwritten when they are taken."""
         self.known_tokens = [np.empty(0, np.int32)] * self.num_slots
 
+    def warm_up(self) -> None:
+        """Uses what `apply_changes` uses, on the null slot, which nothing reads."""
+        scalars = np.zeros(FIELDS, np.int32)
+        scalars[0] = self.null_slot
+        self._send(scalars, np.array([self.null_slot * self.max_blocks]), np.zeros(1, np.int32))
+
     def _send(self, scalars: np.ndarray, entries: np.ndarray, blocks: np.ndarray) -> None:
         parts = (scalars, entries, blocks)
         total = sum(map(len, parts))
         np.concatenate(parts, out=self._staging.next_host_buffer()[:total])
         on_device = self._staging.send(0, total)
         fields, indices, block_ids = on_device.split([len(part) for part in parts])
-        self.block_table.view(-1)[indices] = block_ids
-        if len(fields):
-            slots, seq_lens, top_k, temperature, top_p, min_p, seed_low, seed_high = fields.view(_SCALARS_PER_SLOT, -1)
-            self.seq_lens[slots] = seq_lens
-            self.top_k[slots] = top_k
-            self.temperature[slots] = temperature.view(torch.float32)
-            self.top_p[slots] = top_p.view(torch.float32)
-            self.min_p[slots] = min_p.view(torch.float32)
-            self.seed[slots] = torch.stack([seed_low, seed_high], dim=1).view(torch.int64).squeeze(1)
+        self._ops.apply_changes(
+            fields.view(FIELDS, len(fields) // FIELDS), indices, block_ids, self.block_table, self.seq_lens,
+            self.top_k, self.temperature, self.top_p, self.min_p, self.seed,
+        )  # fmt: skip
 
     def _admit(self, admitted: AdmittedSlot) -> np.ndarray:
         slot = admitted.slot

@@ -64,7 +64,7 @@ class StepRunner:
         # The other backends need the number of decode rows on the host, so their steps with prefill run eagerly.
         self._token_buckets = token_buckets(max_tokens) if config.attention_backend == "triton" else []
         vocab_size, eos = config.model_config.vocab_size, config.model_config.eos_token_ids
-        self.state = BatchState(max_rows, config.max_model_len, config.block_size, device)
+        self.state = BatchState(max_rows, config.max_model_len, config.block_size, device, ops)
         self._edits = SlotEdits(max_rows, vocab_size, len(eos), device)
         self._inputs = StepInputs(max_rows, max_tokens, device)
         self.program = StepProgram(config, model, ops, self.state, self._edits.tables, self._inputs, device, dtype)
@@ -277,6 +277,7 @@ class StepRunner:
             self.program.forward(ForwardShape(decode, rows, tokens, rows, max(prefill, 1), tokens))
         for variant in SamplingVariant:
             self.program.head(1, variant)
+        self.state.warm_up()
         self._edits.warm_up()
         self._sent_decode_rows = None
 

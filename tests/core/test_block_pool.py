@@ -3,7 +3,7 @@
 import pytest
 
 from core.block_pool import NULL_BLOCK, BlockPool
-from core.prefix_cache import PrefixCache, extend_digests, root_digest
+from core.prefix_cache import PrefixCache, digests_of, root_digest
 from protocol.messages import pack_ints, unpack_ints
 
 
@@ -65,22 +65,29 @@ def test_equal_prefixes_have_equal_digests_and_salts_separate_them() -> None:
         (root_digest(""), tokens),
         (root_digest(None), changed),
     ):
-        digests: list[bytes] = []
-        extend_digests(digests, root, ids, 16, 2)
-        chains.append(digests)
+        chains.append(list(digests_of([], root, ids, 16, 2)))
     assert chains[0] == chains[1]
     # A difference in the first block, or in the salt, changes every digest after it.
     assert len({chain[1] for chain in chains[1:]}) == 5
 
 
-def test_digests_can_be_extended_later() -> None:
+def test_digests_are_made_when_they_are_asked_for() -> None:
     tokens = unpack_ints(pack_ints(range(64)))
-    whole: list[bytes] = []
-    extend_digests(whole, root_digest(None), tokens, 16, 4)
-    parts: list[bytes] = []
-    for num_blocks in (1, 1, 3, 4):
-        extend_digests(parts, root_digest(None), tokens, 16, num_blocks)
-    assert parts == whole
+    whole = list(digests_of([], root_digest(None), tokens, 16, 4))
+    made: list[bytes] = []
+    assert next(digests_of(made, root_digest(None), tokens, 16, 4)) == whole[0]
+    assert made == whole[:1]
+    for first, num_blocks in ((0, 1), (1, 1), (1, 3), (3, 4), (0, 4)):
+        assert list(digests_of(made, root_digest(None), tokens, 16, num_blocks, first)) == whole[first:num_blocks]
+    assert made == whole
+
+
+def test_a_lookup_makes_no_digests_past_the_first_unknown_block() -> None:
+    tokens = unpack_ints(pack_ints(range(64)))
+    cache, made = PrefixCache(), []
+    cache.register(next(digests_of([], root_digest(None), tokens, 16, 1)), 7)
+    assert cache.find(digests_of(made, root_digest(None), tokens, 16, 4)) == [7]
+    assert len(made) == 2
 
 
 def test_lookup_stops_at_the_first_unknown_block() -> None:

@@ -58,13 +58,13 @@ def make_scheduler(step_time: StepTimeModel | None = None, **changes: Any) -> Sc
 
 
 class RecordingStepTimeModel(StepTimeModel):
-    """Notes how many tokens the scheduler said were queued."""
+    """Notes what the scheduler said was queued."""
 
-    queued_tokens = 0
+    queue = StepWork(0)
 
-    def prefill_budget(self, tokens: int, block_size: int, context: int, queued_tokens: int) -> PrefillBudget:
-        self.queued_tokens = queued_tokens
-        return super().prefill_budget(tokens, block_size, context, queued_tokens)
+    def prefill_budget(self, tokens: int, block_size: int, context: int, queue: StepWork) -> PrefillBudget:
+        self.queue = queue
+        return super().prefill_budget(tokens, block_size, context, queue)
 
 
 def assert_bounded(scheduler: Scheduler) -> None:
@@ -75,9 +75,10 @@ def assert_bounded(scheduler: Scheduler) -> None:
     prefill = model.prefill_seconds(work.tokens, work.pairs)
     if prefill:
         assert isinstance(model, RecordingStepTimeModel)
-        decode, queue = model.decode_seconds(work.context), model.prefill_seconds(model.queued_tokens, 0)
+        decode, queue = model.decode_seconds(work.context), model.prefill_seconds(model.queue.tokens, 0)
         bound = max(model.max_seconds - decode, PREFILL_PER_DECODE * decode, queue / MOST_STEPS_OF_QUEUE)
-        assert prefill <= bound * (1 + 1e-9)
+        # A little more, where that saves a step.
+        assert prefill <= bound * 1.051
     else:
         assert work.tokens <= UNMEASURED_CHUNK
 
@@ -670,16 +671,18 @@ class RandomOperations(RuleBasedStateMachine):
         assert scheduler.pool.num_free == scheduler.pool.num_usable - len(held)
 
     @invariant()
-    def queued_tokens_are_counted(self) -> None:
+    def queued_work_is_counted(self) -> None:
         if not hasattr(self, "engine"):
             return
-        scheduler, queued = self.engine.scheduler, 0
+        scheduler, tokens, pairs = self.engine.scheduler, 0, 0
         for request in scheduler._requests.values():
-            if request.slot < 0:
-                queued += len(request.token_ids)
-            elif request.phase is Phase.PREFILLING:
-                queued += int(scheduler.table.num_known[request.slot] - scheduler.table.num_computed[request.slot])
-        assert scheduler.num_queued_tokens == queued
+            start, end = 0, len(request.token_ids)
+            if request.slot >= 0:
+                start = int(scheduler.table.num_computed[request.slot])
+                end = int(scheduler.table.num_known[request.slot]) if request.phase is Phase.PREFILLING else start
+            tokens += end - start
+            pairs += sum(range(start + 1, end + 1))
+        assert scheduler.queued_work() == StepWork(0, tokens, pairs)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

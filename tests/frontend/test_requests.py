@@ -12,6 +12,7 @@ import pytest
 import zmq
 
 from frontend.admission import Admission, AdmissionLimits
+from frontend.collector import Collector, Output
 from frontend.metrics import RequestMetrics
 from frontend.requests import RequestTable, RunningRequest
 from frontend.service import Service
@@ -481,6 +482,36 @@ class _Counter:
     def fail(self, request: RunningRequest, failed: Failed) -> None: ...
 
     def flush(self) -> None: ...
+
+
+async def test_a_first_token_is_sent_before_other_streams_next_ones() -> None:
+    table = RequestTable(_NoLink(), None, 640, RequestMetrics(MAX_MODEL_LEN), Admission(AdmissionLimits(0, 0, 0)))  # type: ignore[arg-type]
+    collectors = [Collector(1) for _ in range(20)]
+    params = SamplingParams(max_tokens=1000, detokenize=False)
+    ids = [table.submit([1], params, collector, stream=True).core_id for collector in collectors]
+    order: list[int] = []
+
+    async def respond(index: int, collector: Collector) -> None:
+        def pass_on(outputs: list[Output]) -> bool:
+            order.append(index)
+            return True
+
+        await collector.take()
+        order.append(index)
+        while True:
+            await collector.take(pass_on)
+
+    tasks = [asyncio.create_task(respond(index, collector)) for index, collector in enumerate(collectors)]
+    for streams in (ids[:-1], ids[:-1], ids):
+        order.clear()
+        table.on_step(StepOutputs(0, pack_ints(streams, "<i8"), pack_ints(streams)))
+        async with asyncio.timeout(10):
+            while len(order) < len(streams):
+                await asyncio.sleep(0)
+        assert sorted(order) == list(range(len(streams)))
+    assert order[0] == len(ids) - 1
+    for task in tasks:
+        task.cancel()
 
 
 async def test_rows_without_text_cost_about_a_microsecond() -> None:

@@ -19,6 +19,7 @@ from protocol.logit_edits import LogitEdits
 from tests.support.edit_tables import admitted, random_edits
 from tests.support.sampling import assert_drawn_from, kept_by_definition
 from worker.kernels import filter_threshold, gumbel_sample, ops
+from worker.kernels.apply_changes import FIELDS
 from worker.kernels.gumbel_sample import gumbel_noise
 from worker.slot_edits import SlotEdits
 
@@ -40,6 +41,29 @@ def test_rms_norm(tokens: int, hidden: int) -> None:
 def test_silu_mul(tokens: int, intermediate: int) -> None:
     gate_up = torch.randn(tokens, 2 * intermediate) * 3
     torch.testing.assert_close(KERNELS.silu_mul(gate_up), REFERENCES.silu_mul(gate_up))
+
+
+@pytest.mark.parametrize(("requests", "entries"), [(0, 1), (1, 0), (3, 40), (2, 700), (5, 3)])
+def test_apply_changes(requests: int, entries: int) -> None:
+    rows, width = 9, 100
+    fields = torch.zeros(FIELDS, requests, dtype=torch.int32)
+    fields[0] = torch.randperm(rows)[:requests]
+    fields[1:3] = torch.randint(0, 10_000, (2, requests))
+    fields[3:6] = torch.rand(3, requests).view(torch.int32)
+    fields[6:] = torch.randint(-(2**31), 2**31, (2, requests))
+    indices = torch.randperm(rows * width)[:entries].int()
+    blocks = torch.randint(0, 10_000, (entries,), dtype=torch.int32)
+    results = []
+    for implementation in (KERNELS, REFERENCES):
+        ints, floats = torch.ones(2, rows, dtype=torch.int32), torch.ones(3, rows)
+        tables = [torch.ones(rows, width, dtype=torch.int32), *ints, *floats, torch.ones(rows, dtype=torch.int64)]
+        implementation.apply_changes(fields, indices, blocks, *tables)
+        results.append(tables)
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+    seeds = results[0][-1][fields[0].long()]
+    assert torch.equal(seeds & 0xFFFFFFFF, fields[6].long() & 0xFFFFFFFF)
+    assert torch.equal(seeds >> 32, fields[7].long())
 
 
 FEW_ROWS = [(rows, shape) for rows in (0, 1, 2, 3, 8, 16) for shape in ((48, 64), (50, 100), (130, 1030), (3, 2100))]

@@ -81,7 +81,7 @@ def test_nan_is_reported_whatever_the_filters() -> None:
 def make_state(
     rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> BatchState:
-    state = BatchState(rows, 64, 16, torch.device("cpu"))
+    state = BatchState(rows, 64, 16, torch.device("cpu"), select("cpu"))
     state.temperature[:rows] = temperature
     state.top_k[:rows] = top_k
     state.top_p[:rows] = top_p

@@ -129,7 +129,7 @@ def test_a_request_that_ends_while_its_grammar_compiles_is_forgotten() -> None:
     engine.scheduler.abort(0, [1])
     engine.start_grammar((0, 1), grammar_of(LIST))
     assert engine.scheduler.schedule() is None
-    assert engine.scheduler.stats().num_waiting == engine.scheduler.num_queued_tokens == 0
+    assert engine.scheduler.stats().num_waiting == engine.scheduler.queued_work().tokens == 0
 
 
 def test_a_grammar_that_cannot_be_compiled_fails_its_request() -> None:
@@ -139,7 +139,7 @@ def test_a_grammar_that_cannot_be_compiled_fails_its_request() -> None:
     assert failed is not None
     assert (failed.kind, failed.param) == ("invalid_request", "structured_outputs")
     assert "unknown special token" in failed.message
-    assert engine.scheduler.stats().num_waiting == engine.scheduler.num_queued_tokens == 0
+    assert engine.scheduler.stats().num_waiting == engine.scheduler.queued_work().tokens == 0
 
 
 def test_where_options_leave_no_token_the_request_fails_and_says_so() -> None:

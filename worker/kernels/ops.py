@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from worker.kernels import (
+    apply_changes,
     argmax_sample,
     commit_step,
     edit_logits,
@@ -33,6 +34,7 @@ _MODULES: dict[str, ModuleType] = {
     "linear_add": fused_linear,
     "qk_norm_rope_cache": qk_norm_rope,
     "silu_mul": silu_mul,
+    "apply_changes": apply_changes,
     "step_metadata": step_metadata,
     "commit_lengths": commit_step,
     "commit_tokens": commit_step,
@@ -54,6 +56,7 @@ class Ops:
     linear_add: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     qk_norm_rope_cache: Callable[..., torch.Tensor]
     silu_mul: Callable[[torch.Tensor], torch.Tensor]
+    apply_changes: Callable[..., None]
     step_metadata: Callable[..., None]
     commit_lengths: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     commit_tokens: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
