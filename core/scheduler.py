@@ -323,7 +323,7 @@ class Scheduler:
         tokens = self.config.max_num_batched_tokens - num_decodes
         if self.step_time is None or not num_decodes:
             return PrefillBudget(tokens, self.config.block_size)
-        return self.step_time.prefill_budget(tokens, self.config.block_size, context, self.queued_work())
+        return self.step_time.prefill_budget(tokens, self.config.block_size, num_decodes, context, self.queued_work())
 
     def queued_work(self) -> StepWork:
         """Known tokens that are still to be computed, by requests that wait or prefill; some may turn out cached."""

@@ -18,6 +18,10 @@ from protocol.model_config import ModelConfig
 MIN_CHUNK = 256
 # Tokens beside decodes before any prefill was measured: a few milliseconds on most GPUs, and then the rate is known.
 UNMEASURED_CHUNK = 1024
+# Kernels compute a step in tiles of this many tokens, and one that is not full takes as long. So in a step of several
+# tiles, a chunk that time cuts short ends with a tile.
+TILE_TOKENS = 128
+_SEVERAL_TILES = 4
 # What a flop of attention takes, in flops of products: chunks beside decodes add to products that have to be anyway.
 ATTENTION_FLOP = 1.5
 # Prefill may always take this many times as long as the decodes beside it. Where decodes alone come near the bound a
@@ -87,8 +91,15 @@ class PrefillBudget:
     """
 
     def __init__(
-        self, tokens: int, block_size: int, work: float = math.inf, min_tokens: int = 0, pair_cost: float = 0.0
+        self,
+        tokens: int,
+        block_size: int,
+        work: float = math.inf,
+        min_tokens: int = 0,
+        pair_cost: float = 0.0,
+        num_decodes: int = 0,
     ) -> None:
+        """`num_decodes` are the step's tokens beside `tokens`."""
         self.num_tokens = 0
         self.num_pairs = 0
         self._tokens = tokens
@@ -97,6 +108,7 @@ class PrefillBudget:
         # A block at least, so that a chunk that ends with a block is never empty.
         self._min_tokens = max(min_tokens, block_size)
         self._pair_cost = pair_cost
+        self._num_decodes = num_decodes
 
     @property
     def is_spent(self) -> bool:
@@ -105,7 +117,8 @@ class PrefillBudget:
     def take(self, start: int, wanted: int) -> int:
         """Tokens of the next chunk, of a request with `wanted` tokens to compute after `start`; 0 if nothing is left.
 
-        A chunk that time cuts short ends with a block, and leaves nothing to those after it.
+        A chunk that time cuts short leaves nothing to those after it. It ends with a tile of the step, the nearest one,
+        or, in a small step, with a block.
         """
         wanted = min(wanted, self._tokens)
         length = self._fit(start, wanted)
@@ -125,8 +138,13 @@ class PrefillBudget:
         # The longest chunk whose cost is within the work left: a quadratic equation, solved without cancellation.
         work, linear = max(self._work, 0.0), 1 + self._pair_cost * (start + 0.5)
         longest = 2 * work / (linear + math.sqrt(linear * linear + 2 * self._pair_cost * work))
-        end = start + max(int(longest), self._min_tokens)
-        return max(end // self._block_size * self._block_size - start, 0)
+        length = max(int(longest), self._min_tokens)
+        before = self._num_decodes + self.num_tokens
+        if before + length >= _SEVERAL_TILES * TILE_TOKENS:
+            length = round((before + length) / TILE_TOKENS) * TILE_TOKENS - before
+        else:
+            length = (start + length) // self._block_size * self._block_size - start
+        return max(min(length, wanted), 0)
 
 
 class _Rate:
@@ -166,11 +184,14 @@ class StepTimeModel:
         """Predicted time of prefill; 0 if it is not known yet."""
         return self._prefill.value * self._prefill_units(tokens, pairs)
 
-    def prefill_budget(self, tokens: int, block_size: int, context: int, queue: StepWork) -> PrefillBudget:
-        """What may be prefilled beside decodes of this context, in `tokens` at most. `queue` is all that is to be."""
+    def prefill_budget(
+        self, tokens: int, block_size: int, num_decodes: int, context: int, queue: StepWork
+    ) -> PrefillBudget:
+        """What may be prefilled beside so many decodes, of this context, in `tokens` at most. `queue` is all that is
+        to be."""
         rate = self._prefill.value
         work = self._seconds_of_prefill(context, queue) / rate if rate else UNMEASURED_CHUNK
-        return PrefillBudget(tokens, block_size, work, self.min_chunk, self._costs.pair)
+        return PrefillBudget(tokens, block_size, work, self.min_chunk, self._costs.pair, num_decodes)
 
     def _seconds_of_prefill(self, context: int, queue: StepWork) -> float:
         """How long the prefill of one step may take: as long as streams may wait, or less if the queue's steps can be

@@ -62,9 +62,11 @@ class RecordingStepTimeModel(StepTimeModel):
 
     queue = StepWork(0)
 
-    def prefill_budget(self, tokens: int, block_size: int, context: int, queue: StepWork) -> PrefillBudget:
+    def prefill_budget(
+        self, tokens: int, block_size: int, num_decodes: int, context: int, queue: StepWork
+    ) -> PrefillBudget:
         self.queue = queue
-        return super().prefill_budget(tokens, block_size, context, queue)
+        return super().prefill_budget(tokens, block_size, num_decodes, context, queue)
 
 
 def assert_bounded(scheduler: Scheduler) -> None:
