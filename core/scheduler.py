@@ -20,12 +20,13 @@ from core.counters import Counters
 from core.endings import ending_of, why_no_token
 from core.grammar import GrammarState
 from core.logit_edits import logit_edits
+from core.prefill_budget import PrefillBudget, num_pairs
 from core.prefix_cache import PrefixCache, digests_of
 from core.request import Phase, Request
 from core.results import StepEffects
 from core.slots import SlotTable
-from core.step_plan import PrefillChunks, StepInFlight
-from core.step_time import PrefillBudget, StepTimeModel, StepWork, num_pairs
+from core.step_plan import LayeredChunk, PrefillChunks, StepInFlight
+from core.step_time import StepTimeModel, StepWork
 from core.waiting_queue import WaitingQueue
 from protocol.messages import (
     AddRequest,
@@ -70,6 +71,7 @@ class Scheduler:
         self._shares = ClientShares(config.max_client_share, self.pool.num_usable)
         self._running: list[Request] = []  # in a slot, in order
         self._prefilling: list[Request] = []  # those of them with known tokens still to compute, in order
+        self._layered: LayeredChunk | None = None  # what of a prompt is being computed layer by layer
         self._decode_slots: np.ndarray | None = None  # None when the set of decoding requests changed
         self._sent_decode_slots: np.ndarray | None = None
         self._released_slots: list[int] = []
@@ -228,9 +230,11 @@ class Scheduler:
             prefill_slots=pack_ints(chunks.slots),
             prefill_lens=pack_ints(chunks.lens),
             prefill_samples=bytes(chunks.samples),
+            prefill_first_layer=chunks.first_layer,
+            prefill_num_layers=chunks.num_layers,
             needs_masks=len(masked_rows) > 0,
         )
-        work = StepWork(context, budget.num_tokens, budget.num_pairs)
+        work = StepWork(context, budget.num_tokens, budget.num_pairs, is_layered=chunks.num_layers > 0)
         generations = self.table.generation[rows]
         self._in_flight.append(StepInFlight(step.step_id, rows, generations, work, chunks.measured, masked_rows))
         self._sent_decode_slots = decode_slots
@@ -341,11 +345,16 @@ class Scheduler:
         admitted: list[AdmittedSlot] = []
         for request in self._prefilling.copy():
             self._admit(budget, chunks, admitted, before=request)
+            if self._layered is not None and request is self._layered.request:
+                # Where something more urgent came in between, it goes on with the next step.
+                if not budget.num_tokens:
+                    self._prefill_layers(self._layered, budget, chunks)
+                return admitted
             start = int(table.num_computed[request.slot])
-            length = budget.take(start, int(table.num_known[request.slot]) - start)
+            length, in_layers = self._next_chunk(request, start, int(table.num_known[request.slot]) - start, budget)
             if not length:
                 return admitted
-            self._prefill(request, length, chunks)
+            self._compute(request, start, length, in_layers, budget, chunks)
         self._admit(budget, chunks, admitted)
         return admitted
 
@@ -376,14 +385,14 @@ class Scheduler:
             if num_blocks - len(cached) + num_revived + reserve > self.pool.num_free:
                 break
             start = len(cached) * self.config.block_size
-            length = budget.take(start, len(request.token_ids) - start)
+            length, in_layers = self._next_chunk(request, start, len(request.token_ids) - start, budget)
             if not length:
                 break
             self._waiting.pop(over)
             self.pool.share(cached)
             request.block_ids = cached + self.pool.allocate(num_blocks - len(cached))
             admitted.append(self._start(request, len(cached)))
-            self._prefill(request, length, chunks)
+            self._compute(request, start, length, in_layers, budget, chunks)
 
     def _blocks_are_short(self, reserve: int) -> bool:
         """Whether what waits does not fit into the blocks that are free, beside `reserve` of them.
@@ -433,6 +442,37 @@ class Scheduler:
             num_logprobs=params.logprobs,
             num_prompt_logprobs=params.prompt_logprobs if request.is_measuring else None,
         )
+
+    def _next_chunk(self, request: Request, start: int, wanted: int, budget: PrefillBudget) -> tuple[int, bool]:
+        """How long the next chunk of a request is, and whether it is computed layer by layer: one at a time is, and
+        none of a prompt that is measured, which takes the hidden states of all its tokens."""
+        is_measured = request.is_measuring or not request.prompt_is_measured
+        if self._layered is None and not is_measured and (length := budget.layered_length(start, wanted)):
+            return length, True
+        return budget.take(start, wanted), False
+
+    def _compute(
+        self, request: Request, start: int, length: int, in_layers: bool, budget: PrefillBudget, chunks: PrefillChunks
+    ) -> None:
+        """Adds a chunk to the step, or some of its layers."""
+        if in_layers:
+            self._layered = LayeredChunk(request, start, length, budget.num_layers)
+            self._prefill_layers(self._layered, budget, chunks)
+        else:
+            self._prefill(request, length, chunks)
+
+    def _prefill_layers(self, chunk: LayeredChunk, budget: PrefillBudget, chunks: PrefillChunks) -> None:
+        """Adds the next layers of a chunk to the step. With the last of them the chunk is computed."""
+        chunks.first_layer = chunk.next_layer
+        chunks.num_layers = budget.take_layers(chunk.start, chunk.length, chunk.next_layer, chunk.num_layers)
+        chunk.next_layer += chunks.num_layers
+        if chunk.next_layer == chunk.num_layers:
+            self._layered = None
+            self._prefill(chunk.request, chunk.length, chunks)
+        else:
+            chunks.slots.append(chunk.request.slot)
+            chunks.lens.append(chunk.length)
+            chunks.samples.append(False)
 
     def _prefill(self, request: Request, length: int, chunks: PrefillChunks) -> None:
         """Adds the request's next chunk to the step."""
@@ -585,6 +625,8 @@ class Scheduler:
 
     def _leave_slot(self, request: Request, phase: Phase) -> None:
         self.register_prefilled()
+        if self._layered is not None and self._layered.request is request:
+            self._layered = None
         self._set_phase(request, phase)
         self._running.remove(request)
         self._released_slots.append(request.slot)

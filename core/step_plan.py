@@ -33,3 +33,16 @@ class PrefillChunks:
     lens: list[int] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
     measured: list[tuple[Request, bool]] = field(default_factory=list)
+    first_layer: int = 0
+    num_layers: int = 0  # of the one chunk, if it is computed layer by layer; 0: all
+
+
+@dataclass(slots=True)
+class LayeredChunk:
+    """A chunk that is computed in several steps, some layers in each, beside the decodes that each of them does."""
+
+    request: Request
+    start: int
+    length: int
+    num_layers: int
+    next_layer: int = 0

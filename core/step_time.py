@@ -1,4 +1,4 @@
-"""How long a step will take, learned from how long steps took, and how much prefill fits into a bounded time.
+"""How long a step will take, learned from how long steps took, and so how much prefill a bounded time has room for.
 
 What a step costs depends on the device, so nothing here is in absolute units: the model's shape says how costs compare
 (a pair of attention to a token of prefill, a cached token to the weights), and one rate for prefill and one for decode
@@ -11,17 +11,17 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
+from core.prefill_budget import PrefillBudget
 from protocol.model_config import ModelConfig
 
 # Tokens of prefill that a step may always hold: below it a device reads the weights for too few tokens, and a measured
 # time says too little about longer chunks. So a rate that is wrong shrinks chunks no further, and is measured again.
 MIN_CHUNK = 256
+# Tokens from which on a chunk is computed layer by layer rather than cut. In one piece it takes less time, but decodes
+# beside it read the weights for themselves: on an H200, with the shape of Qwen3-0.6B, both come to the same at 4,000.
+LEAST_LAYERED = 4096
 # Tokens beside decodes before any prefill was measured: a few milliseconds on most GPUs, and then the rate is known.
 UNMEASURED_CHUNK = 1024
-# Kernels compute a step in tiles of this many tokens, and one that is not full takes as long. So in a step of several
-# tiles, a chunk that time cuts short ends with a tile.
-TILE_TOKENS = 128
-_SEVERAL_TILES = 4
 # What a flop of attention takes, in flops of products: chunks beside decodes add to products that have to be anyway.
 ATTENTION_FLOP = 1.5
 # Prefill may always take this many times as long as the decodes beside it. Where decodes alone come near the bound a
@@ -47,10 +47,12 @@ class RelativeCosts:
             much more as attention's flops take longer than products' do.
         cached_token: time that one cached token adds to a decode step, over that of the step without any: bytes of its
             keys and values, over twice those of the weights, since small kernels wait as long as they read.
+        num_layers: of the model, which cost the same.
     """
 
     pair: float
     cached_token: float
+    num_layers: int = 1
 
     @staticmethod
     def of(model: ModelConfig) -> RelativeCosts:
@@ -61,6 +63,7 @@ class RelativeCosts:
             # For each head dimension a pair costs a multiply-add for q·k and one for p·v; a weight costs one a token.
             pair=ATTENTION_FLOP * 2 * model.num_layers * model.num_heads * model.head_dim / layers,
             cached_token=model.kv_bytes_per_token(itemsize=1) / (2 * (layers + head)),
+            num_layers=model.num_layers,
         )
 
 
@@ -70,81 +73,15 @@ class StepWork:
 
     Attributes:
         context: tokens that decoding rows attend to, their own included; 0 if none decodes.
-        tokens: tokens of prefill.
-        pairs: (query, key) pairs of their attention.
+        tokens: tokens of prefill; of a chunk some of whose layers are computed, that part.
+        pairs: (query, key) pairs of their attention, likewise.
+        is_layered: the prefill is some layers of a chunk, beside the decodes instead of together with them.
     """
 
     context: int
     tokens: int = 0
     pairs: int = 0
-
-
-def num_pairs(start: int, length: int) -> int:
-    """(query, key) pairs of a causal chunk of `length` tokens after `start` earlier ones."""
-    return length * start + length * (length + 1) // 2
-
-
-class PrefillBudget:
-    """What a step may still prefill, taken chunk by chunk: tokens, and, if its time is bounded, work.
-
-    Work is counted in tokens without attention. Time bounds no chunk below `min_tokens`, in all of the step's chunks.
-    """
-
-    def __init__(
-        self,
-        tokens: int,
-        block_size: int,
-        work: float = math.inf,
-        min_tokens: int = 0,
-        pair_cost: float = 0.0,
-        num_decodes: int = 0,
-    ) -> None:
-        """`num_decodes` are the step's tokens beside `tokens`."""
-        self.num_tokens = 0
-        self.num_pairs = 0
-        self._tokens = tokens
-        self._block_size = block_size
-        self._work = work
-        # A block at least, so that a chunk that ends with a block is never empty.
-        self._min_tokens = max(min_tokens, block_size)
-        self._pair_cost = pair_cost
-        self._num_decodes = num_decodes
-
-    @property
-    def is_spent(self) -> bool:
-        return self._tokens == 0
-
-    def take(self, start: int, wanted: int) -> int:
-        """Tokens of the next chunk, of a request with `wanted` tokens to compute after `start`; 0 if nothing is left.
-
-        A chunk that time cuts short leaves nothing to those after it. It ends with a tile of the step, the nearest one,
-        or, in a small step, with a block.
-        """
-        wanted = min(wanted, self._tokens)
-        length = self._fit(start, wanted)
-        self.num_tokens += length
-        self.num_pairs += num_pairs(start, length)
-        self._tokens = self._tokens - length if length == wanted else 0
-        self._work -= self._cost(start, length)
-        self._min_tokens -= length
-        return length
-
-    def _cost(self, start: int, length: int) -> float:
-        return length + self._pair_cost * num_pairs(start, length)
-
-    def _fit(self, start: int, wanted: int) -> int:
-        if wanted <= self._min_tokens or self._cost(start, wanted) <= self._work:
-            return wanted
-        # The longest chunk whose cost is within the work left: a quadratic equation, solved without cancellation.
-        work, linear = max(self._work, 0.0), 1 + self._pair_cost * (start + 0.5)
-        longest = 2 * work / (linear + math.sqrt(linear * linear + 2 * self._pair_cost * work))
-        length = max(int(longest), self._min_tokens)
-        before = self._num_decodes + self.num_tokens
-        if before + length >= _SEVERAL_TILES * TILE_TOKENS:
-            length = round((before + length) / TILE_TOKENS) * TILE_TOKENS - before
-        else:
-            length = (start + length) // self._block_size * self._block_size - start
-        return max(min(length, wanted), 0)
+    is_layered: bool = False
 
 
 class _Rate:
@@ -168,37 +105,62 @@ class StepTimeModel:
     (many prompts that come at once are prefilled first without decodes, then beside them) it is the other way round.
     """
 
-    def __init__(self, max_seconds: float, costs: RelativeCosts, min_chunk: int = MIN_CHUNK) -> None:
+    def __init__(
+        self,
+        max_seconds: float,
+        costs: RelativeCosts,
+        min_chunk: int = MIN_CHUNK,
+        least_layered: int = LEAST_LAYERED,
+    ) -> None:
         self.max_seconds = max_seconds
         self.min_chunk = min_chunk
-        self._costs = costs
+        self._least_layered = least_layered
+        self.costs = costs
         self._decode = _Rate()
         self._prefill = _Rate()
+        self._layered = _Rate()
         self._has_decoded_alone = False
 
     def decode_seconds(self, context: int) -> float:
         """Predicted time of decodes of this context; 0 if it is not known yet."""
         return self._decode.value * self._decode_units(context)
 
-    def prefill_seconds(self, tokens: int, pairs: int) -> float:
+    def prefill_seconds(self, tokens: int, pairs: int, is_layered: bool = False) -> float:
         """Predicted time of prefill; 0 if it is not known yet."""
-        return self._prefill.value * self._prefill_units(tokens, pairs)
+        return self._prefill_rate(is_layered) * self._prefill_units(tokens, pairs)
+
+    def _prefill_rate(self, is_layered: bool) -> float:
+        return (is_layered and self._layered.value) or self._prefill.value
 
     def prefill_budget(
         self, tokens: int, block_size: int, num_decodes: int, context: int, queue: StepWork
     ) -> PrefillBudget:
         """What may be prefilled beside so many decodes, of this context, in `tokens` at most. `queue` is all that is
         to be."""
-        rate = self._prefill.value
-        work = self._seconds_of_prefill(context, queue) / rate if rate else UNMEASURED_CHUNK
-        return PrefillBudget(tokens, block_size, work, self.min_chunk, self._costs.pair, num_decodes)
+        bound = self._seconds_for_prefill(context, queue)
+        rate, layered_rate = self._prefill_rate(False), self._prefill_rate(True)
+        work = self._equal_steps(bound, queue) / rate if rate else UNMEASURED_CHUNK
+        return PrefillBudget(
+            tokens,
+            block_size,
+            work,
+            self.min_chunk,
+            self.costs.pair,
+            num_decodes=num_decodes,
+            num_layers=self.costs.num_layers,
+            layered_work=bound / layered_rate if layered_rate else 0.0,
+            least_layered=self._least_layered,
+        )
 
-    def _seconds_of_prefill(self, context: int, queue: StepWork) -> float:
-        """How long the prefill of one step may take: as long as streams may wait, or less if the queue's steps can be
-        made equal."""
+    def _seconds_for_prefill(self, context: int, queue: StepWork) -> float:
+        """How long the prefill of one step may take."""
         decode = self.decode_seconds(context)
         fastest = self.prefill_seconds(queue.tokens, 0) / MOST_STEPS_OF_QUEUE
-        bound = max(self.max_seconds - decode, PREFILL_PER_DECODE * decode, fastest)
+        return max(self.max_seconds - decode, PREFILL_PER_DECODE * decode, fastest)
+
+    def _equal_steps(self, bound: float, queue: StepWork) -> float:
+        """How long it takes where the queue's steps are made equal: `bound` or less, or a little more if that saves
+        one."""
         if not 0 < bound < math.inf:
             return bound
         total = self.prefill_seconds(queue.tokens, queue.pairs)
@@ -209,7 +171,8 @@ class StepTimeModel:
         """Learns from a step that took `seconds`. Short prefills say too little and are passed over."""
         if seconds <= 0 or 0 < work.tokens < self.min_chunk // 2:
             return
-        decode, prefill = self.decode_seconds(work.context), self.prefill_seconds(work.tokens, work.pairs)
+        decode = self.decode_seconds(work.context)
+        prefill = self.prefill_seconds(work.tokens, work.pairs, work.is_layered)
         if not work.tokens:
             self._has_decoded_alone = True
             self._decode.add(seconds / self._decode_units(work.context))
@@ -217,13 +180,14 @@ class StepTimeModel:
             self._decode.add((seconds - prefill) / self._decode_units(work.context))
         else:
             # If decodes were predicted to take nearly all of it, that was wrong: prefill certainly took some.
-            self._prefill.add(max(seconds - decode, seconds / 4) / self._prefill_units(work.tokens, work.pairs))
+            rate = self._layered if work.is_layered else self._prefill
+            rate.add(max(seconds - decode, seconds / 4) / self._prefill_units(work.tokens, work.pairs))
 
     def _decode_units(self, context: int) -> float:
-        return 1 + self._costs.cached_token * context if context else 0.0
+        return 1 + self.costs.cached_token * context if context else 0.0
 
     def _prefill_units(self, tokens: int, pairs: int) -> float:
-        return tokens + self._costs.pair * pairs
+        return tokens + self.costs.pair * pairs
 
 
 class StepClock:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection
 
+from core.prefill_budget import num_pairs
 from core.request import Phase, Request
-from core.step_time import num_pairs
 
 _Heap = list[tuple[int, int, Request]]
 

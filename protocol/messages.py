@@ -329,6 +329,10 @@ class Step(HotMessage, frozen=True):
     the last step's. Prefill row `i` computes the next `prefill_lens[i]` known tokens of slot `prefill_slots[i]` and
     samples if `prefill_samples[i]`. One token comes back for each decoding row and each prefill row that samples.
 
+    If `prefill_num_layers` is not 0, the step's one prefill row computes no more than that many layers, from
+    `prefill_first_layer` on, beside the decoding rows rather than together with them. Other steps bring the others, in
+    order; the row counts as computed, and may sample, in the one with the last layer.
+
     If `needs_masks`, rows wait for a grammar's mask: the forward pass can run, the sampler waits for `StepMasks`.
     """
 
@@ -343,6 +347,8 @@ class Step(HotMessage, frozen=True):
     prefill_slots: Int32Array = b""
     prefill_lens: Int32Array = b""
     prefill_samples: bytes = b""
+    prefill_first_layer: int = 0
+    prefill_num_layers: int = 0
     needs_masks: bool = False
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ small decode steps. The largest steps run eagerly, where launches hide behind th
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -60,6 +60,7 @@ class StepRunner:
         max_rows, max_tokens = config.options.max_num_seqs, config.options.max_num_batched_tokens
         self._max_tokens = max_tokens
         self._max_model_len = config.max_model_len
+        self._num_layers = config.model_config.num_layers
         self._row_buckets = batch_buckets(max_rows)
         # The other backends need the number of decode rows on the host, so their steps with prefill run eagerly.
         self._token_buckets = token_buckets(max_tokens) if config.attention_backend == "triton" else []
@@ -90,6 +91,8 @@ class StepRunner:
         decode_changed = step.decode_slots is not None
         if step.decode_slots is not None:
             self._decode_slots = unpack_ints(step.decode_slots)
+        if step.prefill_num_layers:
+            return self._execute_layered(step)
         return self._execute_mixed(step) if step.prefill_slots else self._execute_decode(step, decode_changed)
 
     @torch.inference_mode()
@@ -176,6 +179,31 @@ class StepRunner:
         elif not self._replay(shape):
             self.program.forward(shape)
         return self._finish_or_hold(Head(step, sampling_rows, sample_slots, self._variant(sample_slots), packed))
+
+    def _execute_layered(self, step: Step) -> PendingTokens | None:
+        """Some layers of one prefill row, then the decode rows. The row may sample when its last layer is done."""
+        state, decode = self.state, self._decode_slots
+        (slot,), (length,) = unpack_ints(step.prefill_slots).tolist(), unpack_ints(step.prefill_lens).tolist()
+        start = int(state.host_lens[slot])
+        first, count = step.prefill_first_layer, step.prefill_num_layers
+        if first == 0:
+            self.program.begin_layered(slot, state.known_tokens[slot][start : start + length], start + length)
+        self.program.run_layers(first, count)
+        if first + count == self._num_layers:
+            state.host_lens[slot] += length
+        state.host_lens[decode] += 1
+        sample_slots = np.append(decode, slot) if step.prefill_samples[0] else decode
+        rows, sampling_rows = self._padded_rows(len(decode)), self._padded_rows(len(sample_slots))
+        inputs = self._decode_rows(decode, rows)
+        self._inputs.send(replace(inputs, sample_slots=pad(sample_slots, sampling_rows, state.null_slot)))
+        self._sent_decode_rows = rows if len(sample_slots) == len(decode) else None
+        if len(decode):
+            shape = self._decode_shape(rows)
+            if not self._replay(shape):
+                self.program.forward(shape)
+        if step.prefill_samples[0]:
+            self.program.sample_layered(len(decode))
+        return self._finish_or_hold(Head(step, sampling_rows, sample_slots, self._variant(sample_slots), []))
 
     def _finish_or_hold(self, head: Head) -> PendingTokens | None:
         if head.step.needs_masks:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from protocol.config import EngineConfig
@@ -16,6 +17,7 @@ from worker.attention import AttentionMetadata, create_backend
 from worker.batch_state import BatchState
 from worker.kernels import Ops
 from worker.kernels.edit_logits import EditTables
+from worker.layered_chunk import LayeredChunk
 from worker.logprobs import pack_logprobs_of, packed_size
 from worker.models import Qwen3
 from worker.sampler import SamplingVariant, sample_tokens
@@ -79,6 +81,7 @@ class StepProgram:
             device=device,
             dtype=dtype,
         )
+        self._layered = LayeredChunk(model, ops, state, self._attention, config.block_size, max_tokens, device, dtype)
         self._kv_cache = torch.empty(0, device=device)
 
     def set_kv_cache(self, kv_cache: torch.Tensor) -> None:
@@ -95,6 +98,18 @@ class StepProgram:
         sampled = self._inputs.sample_tokens[: shape.num_sampling_rows]
         torch.index_select(hidden, 0, sampled, out=self._hidden[: shape.num_sampling_rows])
         return hidden
+
+    def begin_layered(self, slot: int, token_ids: np.ndarray, kv_len: int) -> None:
+        """See `LayeredChunk.begin`."""
+        self._layered.begin(slot, token_ids, kv_len)
+
+    def run_layers(self, first: int, count: int) -> None:
+        """Some layers of the chunk that was begun last."""
+        self._layered.run(self._kv_cache, first, count)
+
+    def sample_layered(self, row: int) -> None:
+        """Lets `head` read, as its row `row`, the last hidden state of the chunk, behind those that `forward` left."""
+        self._hidden[row] = self._layered.last_hidden()
 
     def head(self, rows: int, variant: SamplingVariant) -> None:
         """From hidden states to tokens, which are kept as their slots' last."""

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from bundled import MODEL_DIR
 from core.engine import step_time_model
+from core.prefill_budget import PrefillBudget
 from core.request import Phase
 from core.scheduler import Scheduler, SchedulerConfig
 from core.step_time import (
@@ -21,14 +22,13 @@ from core.step_time import (
     MOST_STEPS_OF_QUEUE,
     PREFILL_PER_DECODE,
     UNMEASURED_CHUNK,
-    PrefillBudget,
     RelativeCosts,
     StepTimeModel,
     StepWork,
 )
 from protocol.config import EngineConfig, make_options
 from protocol.logprobs import TokenLogprob, unpack_logprobs
-from protocol.messages import AddRequest, Failed, StepOutputs, pack_ints, unpack_ints
+from protocol.messages import AddRequest, Failed, Step, StepOutputs, pack_ints, unpack_ints
 from protocol.resolve import resolve
 from protocol.sampling import SamplingParams
 from tests.support.null_worker import NullWorker, measured
@@ -69,18 +69,18 @@ class RecordingStepTimeModel(StepTimeModel):
         return super().prefill_budget(tokens, block_size, num_decodes, context, queue)
 
 
-def assert_bounded(scheduler: Scheduler) -> None:
+def assert_bounded(scheduler: Scheduler, step: Step) -> None:
     """The step just made holds no more prefill beside decodes than the model of step times allows."""
     model, work = scheduler.step_time, scheduler._in_flight[-1].work
     if model is None or not work.context or work.tokens <= max(model.min_chunk, scheduler.config.block_size):
         return
-    prefill = model.prefill_seconds(work.tokens, work.pairs)
+    prefill = model.prefill_seconds(work.tokens, work.pairs, work.is_layered)
     if prefill:
         assert isinstance(model, RecordingStepTimeModel)
         decode, queue = model.decode_seconds(work.context), model.prefill_seconds(model.queue.tokens, 0)
         bound = max(model.max_seconds - decode, PREFILL_PER_DECODE * decode, queue / MOST_STEPS_OF_QUEUE)
-        # A little more, where that saves a step.
-        assert prefill <= bound * 1.051
+        # A little more, where that saves a step, and a layer at least.
+        assert prefill <= bound * 1.101 or step.prefill_num_layers == 1
     else:
         assert work.tokens <= UNMEASURED_CHUNK
 
@@ -96,7 +96,7 @@ class Engine:
 
     def __init__(self, scheduler: Scheduler, depth: int = 2, rule: Any = pseudo_token) -> None:
         self.scheduler = scheduler
-        self.worker = NullWorker(scheduler.config.block_size, rule)
+        self.worker = self.new_worker(scheduler, rule)
         self.depth = depth
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, str] = {}
@@ -106,6 +106,11 @@ class Engine:
         self.measured: dict[int, dict[int, TokenLogprob]] = {}  # tokens of prompts, by position
         self.wants_logprobs: set[int] = set()
         self.messages: dict[int, AddRequest] = {}
+
+    @staticmethod
+    def new_worker(scheduler: Scheduler, rule: Any) -> NullWorker:
+        num_layers = scheduler.step_time.costs.num_layers if scheduler.step_time is not None else 1
+        return NullWorker(scheduler.config.block_size, rule, num_layers)
 
     def add(self, request_id: int, prompt: list[int], **params: Any) -> None:
         options = {"temperature": 0.0, "seed": request_id, **params}
@@ -133,7 +138,7 @@ class Engine:
         step = self.scheduler.schedule()
         if step is not None:
             self.worker.execute(step)
-            assert_bounded(self.scheduler)
+            assert_bounded(self.scheduler, step)
             assert step.prefill_lens or not self.scheduler._prefilling, "a prompt stands still"
         return step is not None
 
@@ -159,14 +164,14 @@ class Engine:
 
     def lose_worker(self) -> None:
         """The worker dies with all that is in flight, and another one comes, which knows nothing."""
-        self.worker = NullWorker(self.scheduler.config.block_size, self.worker.rule)
+        self.worker = self.new_worker(self.scheduler, self.worker.rule)
         self.scheduler.restart(self.scheduler.epoch + 1)
 
     def lose_core(self) -> None:
         """Core and worker know nothing any more, and the frontend says again what it has not seen the end of."""
         scheduler = self.scheduler
         self.scheduler = Scheduler(scheduler.config, scheduler.epoch + 1, scheduler.step_time)
-        self.worker = NullWorker(scheduler.config.block_size, self.worker.rule)
+        self.worker = self.new_worker(scheduler, self.worker.rule)
         for request_id, message in self.messages.items():
             if request_id in self.aborted or request_id in self.ends or request_id in self.failed:
                 continue
@@ -417,15 +422,18 @@ def test_requests_of_a_frontend_that_is_gone_are_ended() -> None:
     assert scheduler.stats().aborted_requests == 1
 
 
-# Qwen3-0.6B's, about.
+# Qwen3-0.6B's, about, of a model that is not computed layer by layer, and of one that is.
 COSTS = RelativeCosts(pair=2.6e-4, cached_token=4.8e-5)
+LAYERED = RelativeCosts(pair=2.6e-4, cached_token=4.8e-5, num_layers=28)
 
 
-def streaming_engine(max_seconds: float = 8e-3, num_streams: int = 64, **changes: Any) -> Engine:
+def streaming_engine(
+    max_seconds: float = 8e-3, num_streams: int = 64, costs: RelativeCosts = COSTS, **changes: Any
+) -> Engine:
     """An engine on a GPU on which streams run and have taught it what a step costs."""
     config = {"max_num_seqs": 128, "max_num_batched_tokens": 8192, "max_model_len": 16384, "block_size": 16}
     config |= {"num_blocks": 8192, "enable_prefix_caching": True} | changes
-    model = RecordingStepTimeModel(max_seconds, COSTS) if max_seconds else None
+    model = RecordingStepTimeModel(max_seconds, costs) if max_seconds else None
     engine = Engine(make_scheduler(model, **config), rule=lambda *_: 9)
     engine.step_seconds = gpu_seconds
     for request_id in range(num_streams):
@@ -460,6 +468,87 @@ def test_long_prompt_is_chunked_while_streams_run() -> None:
     assert max(map(gpu_seconds, works)) < 8.5e-3
     assert engine.seconds - started < 50e-3
     assert all(work.context for work in works), "the streams went on"
+
+
+def prefills_until(engine: Engine, request_id: int) -> list[StepWork]:
+    """The steps with prefill until a request has ended."""
+    works = []
+    while request_id not in engine.ends:
+        works += turn(engine)
+    return [work for work in works if work.tokens]
+
+
+@pytest.mark.parametrize("length", [4096, 8192, 12_000])
+def test_a_long_prompt_is_computed_layer_by_layer_while_streams_run(length: int) -> None:
+    engine = streaming_engine(costs=LAYERED)
+    engine.add(100, prompt_of(100, length), max_tokens=1)
+    works = prefills_until(engine, 100)
+    layered = [work for work in works if work.is_layered]
+    assert sum(work.tokens for work in works) == length
+    assert sum(work.tokens for work in layered) == min(length, 8192)
+    assert engine.worker.num_layered_steps == len(layered) > 1
+    # As few steps as it must be, and equal ones.
+    decode = gpu_seconds(StepWork(layered[0].context))
+    seconds = [gpu_seconds(work) - decode for work in layered]
+    assert max(map(gpu_seconds, works)) < 8.8e-3
+    assert len(layered) <= sum(seconds) / (8e-3 - decode) + 2
+    assert min(seconds[:-1]) > 0.6 * max(seconds)
+    engine.add(101, prompt_of(101, 500), max_tokens=3)
+    prefills_until(engine, 101)
+    assert engine.tokens[101] == [9] * 3
+
+
+def test_the_rest_of_the_layers_is_one_step_where_no_stream_waits() -> None:
+    engine = streaming_engine(num_streams=2, costs=LAYERED)
+    engine.add(100, prompt_of(100, 8192), max_tokens=1)
+    turn(engine, 2)
+    engine.abort(0)
+    engine.abort(1)
+    layers = [work.tokens for work in prefills_until(engine, 100)]
+    assert layers[-1] > 2 * layers[0]
+    assert engine.tokens[100] == [9]
+
+
+def test_an_urgent_prompt_goes_between_the_layers_of_a_long_one() -> None:
+    engine = streaming_engine(costs=LAYERED)
+    engine.add(100, prompt_of(100, 8192), max_tokens=1)
+    turn(engine)
+    engine.add(101, prompt_of(101, 16), max_tokens=1, priority=-1)
+    engine.add(102, prompt_of(102, 6000), max_tokens=1, priority=-1)
+    engine.add(103, prompt_of(103, 16), max_tokens=1)
+    works = prefills_until(engine, 102)
+    assert 101 in engine.ends
+    assert engine.ends.keys().isdisjoint({100, 103})
+    # One prompt is computed layer by layer at a time: the other is cut.
+    assert any(not work.is_layered and work.tokens > 256 for work in works)
+    prefills_until(engine, 103)
+    assert 100 in engine.ends
+
+
+@pytest.mark.parametrize("how", ["abort", "worker", "core"])
+def test_a_prompt_that_is_lost_between_its_layers_leaves_nothing_behind(how: str) -> None:
+    engine = streaming_engine(num_streams=3, costs=LAYERED)
+    engine.add(100, prompt_of(100, 8192), max_tokens=1)
+    turn(engine, 3)
+    assert engine.scheduler._layered is not None
+    if how == "abort":
+        engine.abort(100)
+        engine.add(101, prompt_of(100, 8192), max_tokens=2)
+    elif how == "worker":
+        engine.lose_worker()
+    else:
+        engine.lose_core()
+    engine.run()
+    assert engine.tokens[101 if how == "abort" else 100] == [9] * (2 if how == "abort" else 1)
+    assert engine.scheduler._layered is None
+    stats = engine.scheduler.stats()
+    assert stats.num_free_blocks == stats.num_blocks
+
+
+def test_a_prompt_that_is_measured_is_not_computed_layer_by_layer() -> None:
+    engine = streaming_engine(costs=LAYERED)
+    engine.add(100, prompt_of(100, 8192), max_tokens=1, prompt_logprobs=0)
+    assert not any(work.is_layered for work in prefills_until(engine, 100))
 
 
 def test_no_streams_no_bound() -> None:
@@ -579,6 +668,7 @@ class RandomOperations(RuleBasedStateMachine):
         budget=st.sampled_from([6, 17, 64]),
         max_seconds=st.sampled_from([None, 0.01, 0.05]),
         min_chunk=st.sampled_from([1, 8]),
+        least_layered=st.sampled_from([1, 8, 1000]),
         max_client_share=st.sampled_from([0.1, 0.5, 1.0]),
     )
     def start(
@@ -588,11 +678,13 @@ class RandomOperations(RuleBasedStateMachine):
         budget: int,
         max_seconds: float | None,
         min_chunk: int,
+        least_layered: int,
         max_client_share: float,
     ) -> None:
         model = None
         if max_seconds is not None:
-            model = RecordingStepTimeModel(max_seconds, RelativeCosts(pair=0.05, cached_token=0.02), min_chunk)
+            costs = RelativeCosts(pair=0.05, cached_token=0.02, num_layers=4)
+            model = RecordingStepTimeModel(max_seconds, costs, min_chunk, least_layered)
         scheduler = make_scheduler(
             model,
             num_blocks=num_blocks,

@@ -6,19 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from core.prefill_budget import TILE_TOKENS, PrefillBudget, num_pairs
 from core.step_time import (
     ATTENTION_FLOP,
     MIN_CHUNK,
     MOST_STEPS_OF_QUEUE,
     PREFILL_PER_DECODE,
-    TILE_TOKENS,
     UNMEASURED_CHUNK,
-    PrefillBudget,
     RelativeCosts,
     StepClock,
     StepTimeModel,
     StepWork,
-    num_pairs,
 )
 from protocol.model_config import load_model_config
 from tests.support.step_times import gpu_seconds

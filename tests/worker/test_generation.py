@@ -1,10 +1,13 @@
 """Greedy answers equal transformers', however the engine cut, cached, overlapped or repeated the work."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core.step_time import RelativeCosts, StepTimeModel, StepWork
+from protocol.model_config import load_model_config
 from protocol.sampling import SamplingParams
 from tests.support.engine import InProcessEngine
 from tests.support.models import MODEL_DIR, greedy_reference, make_random_model, random_prompts, reference_model
@@ -74,6 +77,50 @@ def test_greedy_tokens_are_the_same_when_step_time_is_bounded(
     unbounded = InProcessEngine(model, **options, num_gpu_blocks_override=num_blocks)
     assert unbounded.generate(prompts, params) == expected
     assert engine.scheduler.stats().num_steps > unbounded.scheduler.stats().num_steps
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
+@pytest.mark.parametrize("num_blocks", [FEW_BLOCKS, None], ids=["few-blocks", "blocks"])
+def test_greedy_tokens_are_the_same_when_prompts_are_computed_layer_by_layer(
+    case: tuple[Path, list[list[int]], list[list[int]]],
+    num_blocks: int | None,
+    caching: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Or else so many prompts at once would not be bounded in time.
+    monkeypatch.setattr("core.step_time.MOST_STEPS_OF_QUEUE", 1_000_000)
+    model, prompts, expected = case
+    num_layers = load_model_config(model).num_layers
+    # A step has room for a layer or two of most prompts. Short ones come between the layers of longer ones.
+    step_time = StepTimeModel(1e-3, RelativeCosts(1e-6, 1e-6, num_layers), min_chunk=16, least_layered=32)
+    step_time.observe(StepWork(context=100), 1e-9)
+    step_time.observe(StepWork(context=0, tokens=100), 3e-3)
+    engine = InProcessEngine(
+        model,
+        step_time,
+        device="cpu",
+        max_num_seqs=16,
+        max_model_len=192,
+        kv_cache_memory="64MiB",
+        enable_prefix_caching=caching,
+        num_gpu_blocks_override=num_blocks,
+    )
+    begun = []
+    engine.runner.program.begin_layered = _counted(engine.runner.program.begin_layered, begun)
+    params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    assert engine.generate(prompts, params) == expected
+    assert len(begun) > 10
+    stats = engine.scheduler.stats()
+    assert (stats.num_preemptions > 0) == (num_blocks is not None)
+    assert stats.num_free_blocks == stats.num_blocks
+
+
+def _counted(function: Callable[..., None], calls: list[tuple]) -> Callable[..., None]:
+    def counted(*arguments: Any) -> None:
+        calls.append(arguments)
+        function(*arguments)
+
+    return counted
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])

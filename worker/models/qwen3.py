@@ -92,16 +92,32 @@ class Qwen3:
         Returns:
             [tokens, hidden_size], the residual stream after the last layer.
         """
+        residual = self.embed(token_ids)
+        self.run_layers(residual, kv_cache, attention, metadata, 0, len(self.layers))
+        return residual
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[tokens] int32 → [tokens, hidden_size], the residual stream before the first layer."""
+        return embedding(token_ids, self.embed_tokens)
+
+    def run_layers(
+        self,
+        residual: Tensor,
+        kv_cache: Tensor,
+        attention: AttentionBackend,
+        metadata: AttentionMetadata,
+        first: int,
+        count: int,
+    ) -> None:
+        """Takes the residual stream, in place, through `count` layers from layer `first` on. The rest as `forward`."""
         ops, eps = self._ops, self.config.rms_norm_eps
-        residual = embedding(token_ids, self.embed_tokens)
-        for layer, cache in zip(self.layers, kv_cache, strict=True):
+        for layer, cache in zip(self.layers[first : first + count], kv_cache[first : first + count], strict=True):
             qkv = ops.norm_linear(residual, layer.input_norm, eps, layer.qkv_proj)
             heads = QueryKeyTransform(layer.q_norm, layer.k_norm, eps, self._cos_sin)
             attended = attention.attend(qkv, heads, cache[0], cache[1], metadata)
             ops.linear_add(attended.flatten(1), layer.o_proj, residual)
             activated = ops.norm_linear_silu_mul(residual, layer.post_attention_norm, eps, layer.gate_up_proj)
             ops.linear_add(activated, layer.down_proj, residual)
-        return residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden_size] of the residual stream → [rows, vocab_size]."""
