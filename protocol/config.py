@@ -73,7 +73,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         8192, "token budget of a step; longer prompts are prefilled in chunks"
     )
     max_step_ms: Annotated[float, Meta(ge=0)] = _option(
-        7.0, "milliseconds that a step with prefill may take while other requests generate; 0: no bound"
+        6.0, "milliseconds that a step with prefill may take while other requests generate; 0: no bound"
     )
     block_size: PositiveInt | None = _option(
         None, "tokens in a KV-cache block, a power of two; default: 16, or 256 with flash_attn"

@@ -11,6 +11,8 @@ import torch
 # Launching a forward pass kernel by kernel takes the host longer than it takes the GPU to run one of 4,000 tokens;
 # beyond twice that, launches hide behind the work and a step runs eagerly.
 _MOST_CAPTURED_TOKENS = 8192
+# A chunk that is computed layer by layer has at least so many tokens (`LEAST_LAYERED` in core/step_time.py).
+_LEAST_LAYERED_TOKENS = 4096
 # Decode steps of so many rows are one graph: what a second launch costs the GPU can be felt in them.
 MOST_ROWS_OF_ONE_GRAPH = 64
 
@@ -29,6 +31,12 @@ def token_buckets(max_num_batched_tokens: int) -> list[int]:
     sizes = {16, 32, 64, 192, *range(128, 1025, 128), *range(1280, most + 1, 256)}
     sizes.add(most)
     return sorted(size for size in sizes if size <= most)
+
+
+def layered_buckets(max_num_batched_tokens: int) -> list[int]:
+    """Token counts that chunks are padded to which are computed layer by layer, a graph a layer."""
+    most = min(max_num_batched_tokens, _MOST_CAPTURED_TOKENS)
+    return sorted({*range(_LEAST_LAYERED_TOKENS, most + 1, 1024), most} if most >= _LEAST_LAYERED_TOKENS else ())
 
 
 def bucket_for(buckets: list[int], size: int) -> int | None:

@@ -17,7 +17,14 @@ import torch
 from protocol.config import EngineConfig
 from protocol.messages import Step, StepMasks, unpack_ints
 from worker.batch_state import BatchState
-from worker.graphs import MOST_ROWS_OF_ONE_GRAPH, GraphCache, batch_buckets, bucket_for, token_buckets
+from worker.graphs import (
+    MOST_ROWS_OF_ONE_GRAPH,
+    GraphCache,
+    batch_buckets,
+    bucket_for,
+    layered_buckets,
+    token_buckets,
+)
 from worker.kernels import Ops
 from worker.models import Qwen3
 from worker.sampler import SamplingVariant
@@ -63,7 +70,9 @@ class StepRunner:
         self._num_layers = config.model_config.num_layers
         self._row_buckets = batch_buckets(max_rows)
         # The other backends need the number of decode rows on the host, so their steps with prefill run eagerly.
-        self._token_buckets = token_buckets(max_tokens) if config.attention_backend == "triton" else []
+        can_capture = config.attention_backend == "triton"
+        self._token_buckets = token_buckets(max_tokens) if can_capture else []
+        self._layered_buckets = layered_buckets(max_tokens) if can_capture else []
         vocab_size, eos = config.model_config.vocab_size, config.model_config.eos_token_ids
         self.state = BatchState(max_rows, config.max_model_len, config.block_size, device, ops)
         self._edits = SlotEdits(max_rows, vocab_size, len(eos), device)
@@ -187,9 +196,15 @@ class StepRunner:
         start = int(state.host_lens[slot])
         first, count = step.prefill_first_layer, step.prefill_num_layers
         if first == 0:
-            self.program.begin_layered(slot, state.known_tokens[slot][start : start + length], start + length)
-        self.program.run_layers(first, count)
+            tokens = state.known_tokens[slot][start : start + length]
+            bucket = bucket_for(self._layered_buckets, length) if self._graphs is not None else None
+            self.program.layered.begin(slot, tokens, start + length, bucket or length)
+        self.program.layered.resume()
+        for layer in range(first, first + count):
+            if not self._replay(("layer", self.program.layered.num_tokens, layer)):
+                self.program.run_layer(layer)
         if first + count == self._num_layers:
+            self.program.layered.end()
             state.host_lens[slot] += length
         state.host_lens[decode] += 1
         sample_slots = np.append(decode, slot) if step.prefill_samples[0] else decode
@@ -333,11 +348,24 @@ class StepRunner:
         return len(self._captures(only_largest=False))
 
     def _captures(self, only_largest: bool) -> list[Capture]:
-        return [*self._mixed_captures(only_largest), *self._decode_captures(only_largest)]
+        return [
+            *self._mixed_captures(only_largest),
+            *self._layered_captures(only_largest),
+            *self._decode_captures(only_largest),
+        ]
 
     def _mixed_captures(self, only_largest: bool) -> list[Capture]:
         shapes = [self._mixed_shape(tokens, prefill_only) for tokens, prefill_only in self._mixed_sizes()]
         return [Capture(shape, partial(self._run_null_mixed, shape)) for shape in shapes[: 1 if only_largest else None]]
+
+    def _layered_captures(self, only_largest: bool) -> list[Capture]:
+        """For each size of a chunk that is computed layer by layer, its layers."""
+        captures = []
+        for tokens in self._layered_buckets[-1:] if only_largest else self._layered_buckets[::-1]:
+            for layer in range(1 if only_largest else self._num_layers):
+                launch = partial(self._run_null_layer, tokens, layer)
+                captures.append(Capture(("layer", tokens, layer), launch, warm_up=layer == 0))
+        return captures
 
     def _decode_captures(self, only_largest: bool) -> list[Capture]:
         """For each number of rows: the forward pass, the heads, and if a second launch can be felt, both in one."""
@@ -357,6 +385,13 @@ class StepRunner:
         if not torch.cuda.is_current_stream_capturing():
             self._inputs.send(self._null_rows(shape.num_rows, shape.num_tokens))
         self.program.forward(shape)
+
+    def _run_null_layer(self, tokens: int, layer: int) -> None:
+        if not torch.cuda.is_current_stream_capturing():
+            length = min(tokens, self._max_model_len)
+            self.program.layered.begin(self.state.null_slot, np.zeros(length, np.int32), length, tokens)
+            self.program.layered.resume()
+        self.program.run_layer(layer)
 
     def _run_null_decode(self, shape: ForwardShape) -> None:
         if not torch.cuda.is_current_stream_capturing():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from protocol.config import EngineConfig
@@ -40,7 +39,11 @@ class ForwardShape:
 
 
 class StepProgram:
-    """Owns the buffers between the parts of a step, and launches them."""
+    """Owns the buffers between the parts of a step, and launches them.
+
+    Attributes:
+        layered: the chunk that is computed layer by layer.
+    """
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class StepProgram:
             device=device,
             dtype=dtype,
         )
-        self._layered = LayeredChunk(model, ops, state, self._attention, config.block_size, max_tokens, device, dtype)
+        self.layered = LayeredChunk(model, ops, state, self._attention, config.block_size, max_tokens, device, dtype)
         self._kv_cache = torch.empty(0, device=device)
 
     def set_kv_cache(self, kv_cache: torch.Tensor) -> None:
@@ -99,17 +102,13 @@ class StepProgram:
         torch.index_select(hidden, 0, sampled, out=self._hidden[: shape.num_sampling_rows])
         return hidden
 
-    def begin_layered(self, slot: int, token_ids: np.ndarray, kv_len: int) -> None:
-        """See `LayeredChunk.begin`."""
-        self._layered.begin(slot, token_ids, kv_len)
-
-    def run_layers(self, first: int, count: int) -> None:
-        """Some layers of the chunk that was begun last."""
-        self._layered.run(self._kv_cache, first, count)
+    def run_layer(self, layer: int) -> None:
+        """One layer of the chunk that was begun last in `layered`."""
+        self.layered.run_layer(self._kv_cache, layer)
 
     def sample_layered(self, row: int) -> None:
         """Lets `head` read, as its row `row`, the last hidden state of the chunk, behind those that `forward` left."""
-        self._hidden[row] = self._layered.last_hidden()
+        self._hidden[row] = self.layered.last_hidden()
 
     def head(self, rows: int, variant: SamplingVariant) -> None:
         """From hidden states to tokens, which are kept as their slots' last."""

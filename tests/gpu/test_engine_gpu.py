@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.step_time import RelativeCosts, StepTimeModel, StepWork
 from protocol.sampling import SamplingParams
 from tests.support.engine import InProcessEngine
 from tests.support.models import make_random_model, random_prompts, reference_model
@@ -49,8 +50,18 @@ def greedy(max_tokens: int = 40) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
 
 
-def engine(model: Path, **options: object) -> InProcessEngine:
-    return InProcessEngine(model, **(OPTIONS | options))
+def engine(model: Path, step_time: StepTimeModel | None = None, **options: object) -> InProcessEngine:
+    return InProcessEngine(model, step_time, **(OPTIONS | options))
+
+
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> StepTimeModel:
+    """Has room in a step for some layers of a prompt of more than 100 tokens, while others decode."""
+    # Or else so many prompts at once would not be bounded in time.
+    monkeypatch.setattr("core.step_time.MOST_STEPS_OF_QUEUE", 1_000_000)
+    step_time = StepTimeModel(1e-3, RelativeCosts(1e-6, 1e-6, num_layers=8), min_chunk=16, least_layered=100)
+    step_time.observe(StepWork(context=100), 1e-9)
+    step_time.observe(StepWork(context=0, tokens=1000), 1e-2)
+    return step_time
 
 
 @dataclass(frozen=True)
@@ -179,7 +190,7 @@ def test_no_kernel_is_compiled_once_the_engine_is_ready(
     model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triton = pytest.importorskip("triton")
-    running = engine(model)
+    running = engine(model, layer_by_layer(monkeypatch))
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **call: compiled.append(call["repr"]))
     params, words = edited(len(prompts))
@@ -213,6 +224,42 @@ def test_answers_agree_up_to_ties(model: Path, prompts: list[list[int]], bf16_er
     elif other.config.options.enable_prefix_caching:
         assert_equal_up_to_ties(model, prompts, other.generate(prompts, greedy()), expected, bf16_error)
         assert other.scheduler.stats().prefix_cache_hits > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"enforce_eager": True},
+        {"max_num_seqs": 16, "num_gpu_blocks_override": 82},
+        {"attention_backend": "torch"},
+        {"attention_backend": "flash_attn"},
+    ],
+    ids=str,
+)
+def test_answers_agree_up_to_ties_when_prompts_are_computed_layer_by_layer(
+    model: Path,
+    prompts: list[list[int]],
+    bf16_error: Bf16Error,
+    options: dict,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if options.get("attention_backend") == "flash_attn" and find_spec("flash_attn") is None:
+        pytest.skip("flash-attn is not installed")
+    expected = engine(model).generate(prompts, greedy())
+    layered = engine(model, layer_by_layer(monkeypatch), **options)
+    layers: list[int] = []
+    resume, program = layered.runner.program.layered.resume, layered.runner.program
+
+    def counted() -> None:
+        layers.append(program.layered.num_tokens)
+        resume()
+
+    monkeypatch.setattr(program.layered, "resume", counted)
+    assert_equal_up_to_ties(model, prompts, layered.generate(prompts, greedy()), expected, bf16_error)
+    assert len(layers) > 20
+    # In graphs, all have the sizes that were captured.
+    assert (set(layers) == {4096}) == (options.keys() <= {"max_num_seqs", "num_gpu_blocks_override"})
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash_attn"])

@@ -106,7 +106,7 @@ def test_greedy_tokens_are_the_same_when_prompts_are_computed_layer_by_layer(
         num_gpu_blocks_override=num_blocks,
     )
     begun = []
-    engine.runner.program.begin_layered = _counted(engine.runner.program.begin_layered, begun)
+    engine.runner.program.layered.begin = _counted(engine.runner.program.layered.begin, begun)
     params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     assert engine.generate(prompts, params) == expected
     assert len(begun) > 10
