@@ -343,11 +343,16 @@ class Scheduler:
         """Requests whose prompt was cut off by an earlier step's budget, and new ones, in the one order of them all."""
         table = self.table
         admitted: list[AdmittedSlot] = []
+        if self._layered is not None and self._layered.is_due:
+            self._layered.is_due = False
+            self._prefill_layers(self._layered, budget, chunks)
+            return admitted
         for request in self._prefilling.copy():
             self._admit(budget, chunks, admitted, before=request)
             if self._layered is not None and request is self._layered.request:
                 # Where something more urgent came in between, it goes on with the next step.
-                if not budget.num_tokens:
+                self._layered.is_due = budget.num_tokens > 0
+                if not self._layered.is_due:
                     self._prefill_layers(self._layered, budget, chunks)
                 return admitted
             start = int(table.num_computed[request.slot])

@@ -39,10 +39,14 @@ class PrefillChunks:
 
 @dataclass(slots=True)
 class LayeredChunk:
-    """A chunk that is computed in several steps, some layers in each, beside the decodes that each of them does."""
+    """A chunk that is computed in several steps, some layers in each, beside the decodes that each of them does.
+
+    `is_due` if the last step had none of its layers: then the next one has, whatever is more urgent.
+    """
 
     request: Request
     start: int
     length: int
     num_layers: int
     next_layer: int = 0
+    is_due: bool = False

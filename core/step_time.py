@@ -1,8 +1,8 @@
 """How long a step will take, learned from how long steps took, and so how much prefill a bounded time has room for.
 
 What a step costs depends on the device, so nothing here is in absolute units: the model's shape says how costs compare
-(a pair of attention to a token of prefill, a cached token to the weights), and one rate for prefill and one for decode
-are measured. It knows nothing of sockets, and it never reads a clock.
+(a pair of attention to a token of prefill, a cached token to the weights), and rates for decode, for prefill in chunks
+and for prefill layer by layer are measured. It knows nothing of sockets, and it never reads a clock.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from collections import deque
 from dataclasses import dataclass
 
 from core.prefill_budget import PrefillBudget
+from protocol.messages import LEAST_LAYERED_TOKENS
 from protocol.model_config import ModelConfig
 
 # Tokens of prefill that a step may always hold: below it a device reads the weights for too few tokens, and a measured
 # time says too little about longer chunks. So a rate that is wrong shrinks chunks no further, and is measured again.
 MIN_CHUNK = 256
-# Tokens from which on a chunk is computed layer by layer rather than cut. In one piece it takes less time, but decodes
-# beside it read the weights for themselves: on an H200, with the shape of Qwen3-0.6B, both come to the same at 4,000.
-LEAST_LAYERED = 4096
+# What a unit of prefill may be thought to cost where it is computed layer by layer, over what it costs otherwise. Else
+# a rate that is wrong would see to it that nothing is computed so any more, and never be measured again.
+_MOST_OF_LAYERED = 1.5
 # Tokens beside decodes before any prefill was measured: a few milliseconds on most GPUs, and then the rate is known.
 UNMEASURED_CHUNK = 1024
 # What a flop of attention takes, in flops of products: chunks beside decodes add to products that have to be anyway.
@@ -103,6 +104,7 @@ class StepTimeModel:
     decode rate is learned from steps that do nothing else, the prefill rate from what prefill adds to the decodes
     beside it: what the first gets wrong the second makes up for, and the sum is right. Until decodes were seen alone
     (many prompts that come at once are prefilled first without decodes, then beside them) it is the other way round.
+    Prefill that is computed layer by layer has a rate of its own.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class StepTimeModel:
         max_seconds: float,
         costs: RelativeCosts,
         min_chunk: int = MIN_CHUNK,
-        least_layered: int = LEAST_LAYERED,
+        least_layered: int = LEAST_LAYERED_TOKENS,
     ) -> None:
         self.max_seconds = max_seconds
         self.min_chunk = min_chunk
@@ -130,7 +132,10 @@ class StepTimeModel:
         return self._prefill_rate(is_layered) * self._prefill_units(tokens, pairs)
 
     def _prefill_rate(self, is_layered: bool) -> float:
-        return (is_layered and self._layered.value) or self._prefill.value
+        prefill, layered = self._prefill.value, self._layered.value
+        if not is_layered or not layered:
+            return prefill
+        return min(layered, _MOST_OF_LAYERED * prefill) if prefill else layered
 
     def prefill_budget(
         self, tokens: int, block_size: int, num_decodes: int, context: int, queue: StepWork
@@ -169,7 +174,8 @@ class StepTimeModel:
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """Learns from a step that took `seconds`. Short prefills say too little and are passed over."""
-        if seconds <= 0 or 0 < work.tokens < self.min_chunk // 2:
+        is_short = 0 < work.tokens < self.min_chunk // 2 and not work.is_layered
+        if seconds <= 0 or is_short:
             return
         decode = self.decode_seconds(work.context)
         prefill = self.prefill_seconds(work.tokens, work.pairs, work.is_layered)

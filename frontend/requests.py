@@ -341,10 +341,11 @@ class RequestTable:
         # each, come after it.
         begun &= touched
         self._flush(begun)
-        if begun:
+        # What is left when nothing runs any more may be the last that a server does before it stops.
+        if begun and self._running:
             asyncio.get_running_loop().call_soon(self._flush, touched - begun)
         else:
-            self._flush(touched)
+            self._flush(touched - begun)
 
     def on_failed(self, failed: Failed) -> None:
         """The core refused a request or could not finish it."""

@@ -27,7 +27,7 @@ from protocol.sampling import SamplingParams
 
 __all__ = ["pack_ints", "unpack_ints"]
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 FinishReason = Literal["stop", "length", "abort"]
 Count = Annotated[int, Meta(ge=0)]
@@ -319,6 +319,12 @@ class AdmittedSlot(Struct, array_like=True, frozen=True, gc=False):
 
     def __post_init__(self) -> None:
         require_whole(self, ("token_ids", "block_ids"), 4)
+
+
+# Tokens of a prefill row from which on it may be computed some layers a step, rather than cut. In one piece it takes
+# less time, but decodes beside it read the weights for themselves: on an H200, with the shape of Qwen3-0.6B, both
+# should come to about the same at 4,000 tokens.
+LEAST_LAYERED_TOKENS = 4096
 
 
 class Step(HotMessage, frozen=True):

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from protocol.messages import LEAST_LAYERED_TOKENS
+
 # Launching a forward pass kernel by kernel takes the host longer than it takes the GPU to run one of 4,000 tokens;
 # beyond twice that, launches hide behind the work and a step runs eagerly.
 _MOST_CAPTURED_TOKENS = 8192
-# A chunk that is computed layer by layer has at least so many tokens (`LEAST_LAYERED` in core/step_time.py).
-_LEAST_LAYERED_TOKENS = 4096
 # Decode steps of so many rows are one graph: what a second launch costs the GPU can be felt in them.
 MOST_ROWS_OF_ONE_GRAPH = 64
 
@@ -33,10 +33,11 @@ def token_buckets(max_num_batched_tokens: int) -> list[int]:
     return sorted(size for size in sizes if size <= most)
 
 
-def layered_buckets(max_num_batched_tokens: int) -> list[int]:
-    """Token counts that chunks are padded to which are computed layer by layer, a graph a layer."""
-    most = min(max_num_batched_tokens, _MOST_CAPTURED_TOKENS)
-    return sorted({*range(_LEAST_LAYERED_TOKENS, most + 1, 1024), most} if most >= _LEAST_LAYERED_TOKENS else ())
+def layered_buckets(max_tokens: int) -> list[int]:
+    """Token counts that chunks of at most `max_tokens` are padded to which are computed layer by layer, a graph a
+    layer."""
+    most = min(max_tokens, _MOST_CAPTURED_TOKENS)
+    return sorted({*range(LEAST_LAYERED_TOKENS, most + 1, 1024), most} if most >= LEAST_LAYERED_TOKENS else ())
 
 
 def bucket_for(buckets: list[int], size: int) -> int | None:

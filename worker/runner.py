@@ -1,8 +1,9 @@
 """Runs steps: takes what changed to the device, launches the step's programs, and brings the tokens back.
 
 `execute` launches a step and returns at once; the tokens are read later, when the device has them. On a GPU a step is
-padded to a size whose graph was captured: one graph for the forward pass and one for the head, or a single one for
-small decode steps. The largest steps run eagerly, where launches hide behind the work.
+padded to a size whose graph was captured: one graph for the forward pass and one for the head, a single one for small
+decode steps, and a graph a layer beside those of a decode step where a prompt is computed layer by layer. The largest
+steps run eagerly, where launches hide behind the work.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class StepRunner:
         # The other backends need the number of decode rows on the host, so their steps with prefill run eagerly.
         can_capture = config.attention_backend == "triton"
         self._token_buckets = token_buckets(max_tokens) if can_capture else []
-        self._layered_buckets = layered_buckets(max_tokens) if can_capture else []
+        may_layer = can_capture and config.options.max_step_ms > 0 and self._num_layers > 1
+        self._layered_buckets = layered_buckets(min(max_tokens, config.max_model_len)) if may_layer else []
         vocab_size, eos = config.model_config.vocab_size, config.model_config.eos_token_ids
         self.state = BatchState(max_rows, config.max_model_len, config.block_size, device, ops)
         self._edits = SlotEdits(max_rows, vocab_size, len(eos), device)
@@ -190,22 +192,12 @@ class StepRunner:
         return self._finish_or_hold(Head(step, sampling_rows, sample_slots, self._variant(sample_slots), packed))
 
     def _execute_layered(self, step: Step) -> PendingTokens | None:
-        """Some layers of one prefill row, then the decode rows. The row may sample when its last layer is done."""
-        state, decode = self.state, self._decode_slots
+        """The decode rows, then some layers of one prefill row, which may sample when its last layer is done.
+
+        In this order, since the prefill row may find a block in the prefix cache that a decode row of this step fills.
+        """
+        state, decode, layered = self.state, self._decode_slots, self.program.layered
         (slot,), (length,) = unpack_ints(step.prefill_slots).tolist(), unpack_ints(step.prefill_lens).tolist()
-        start = int(state.host_lens[slot])
-        first, count = step.prefill_first_layer, step.prefill_num_layers
-        if first == 0:
-            tokens = state.known_tokens[slot][start : start + length]
-            bucket = bucket_for(self._layered_buckets, length) if self._graphs is not None else None
-            self.program.layered.begin(slot, tokens, start + length, bucket or length)
-        self.program.layered.resume()
-        for layer in range(first, first + count):
-            if not self._replay(("layer", self.program.layered.num_tokens, layer)):
-                self.program.run_layer(layer)
-        if first + count == self._num_layers:
-            self.program.layered.end()
-            state.host_lens[slot] += length
         state.host_lens[decode] += 1
         sample_slots = np.append(decode, slot) if step.prefill_samples[0] else decode
         rows, sampling_rows = self._padded_rows(len(decode)), self._padded_rows(len(sample_slots))
@@ -216,6 +208,19 @@ class StepRunner:
             shape = self._decode_shape(rows)
             if not self._replay(shape):
                 self.program.forward(shape)
+        first, end = step.prefill_first_layer, step.prefill_first_layer + step.prefill_num_layers
+        if first == 0:
+            start = int(state.host_lens[slot])
+            tokens = state.known_tokens[slot][start : start + length]
+            bucket = bucket_for(self._layered_buckets, length) if self._graphs is not None else None
+            layered.begin(slot, tokens, start + length, bucket or length)
+        layered.resume()
+        for layer in range(first, end):
+            if not self._replay(("layer", layered.num_tokens, layer)):
+                self.program.run_layer(layer)
+        if end == self._num_layers:
+            layered.end()
+            state.host_lens[slot] += length
         if step.prefill_samples[0]:
             self.program.sample_layered(len(decode))
         return self._finish_or_hold(Head(step, sampling_rows, sample_slots, self._variant(sample_slots), []))

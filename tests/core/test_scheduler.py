@@ -525,6 +525,19 @@ def test_an_urgent_prompt_goes_between_the_layers_of_a_long_one() -> None:
     assert 100 in engine.ends
 
 
+def test_a_stream_of_urgent_prompts_does_not_keep_a_prompt_between_its_layers() -> None:
+    engine = streaming_engine(num_streams=8, costs=LAYERED)
+    engine.add(100, prompt_of(100, 8192), max_tokens=1)
+    turn(engine)
+    for request_id in range(1000, 1040):
+        engine.add(request_id, prompt_of(request_id, 16), max_tokens=1, priority=-1)
+        turn(engine)
+        if 100 in engine.ends:
+            break
+    assert 100 in engine.ends
+    assert engine.ends.keys() >= set(range(1000, request_id - 3))
+
+
 @pytest.mark.parametrize("how", ["abort", "worker", "core"])
 def test_a_prompt_that_is_lost_between_its_layers_leaves_nothing_behind(how: str) -> None:
     engine = streaming_engine(num_streams=3, costs=LAYERED)

@@ -514,6 +514,18 @@ async def test_a_first_token_is_sent_before_other_streams_next_ones() -> None:
         task.cancel()
 
 
+async def test_nothing_waits_to_be_flushed_when_the_table_is_empty() -> None:
+    table = RequestTable(_NoLink(), None, 640, RequestMetrics(MAX_MODEL_LEN), Admission(AdmissionLimits(0, 0, 0)))  # type: ignore[arg-type]
+    params, recorders = SamplingParams(max_tokens=1000, detokenize=False), [Recorder() for _ in range(3)]
+    ids = [table.submit([1], params, recorder, stream=True).core_id for recorder in recorders]
+    table.on_step(StepOutputs(0, pack_ints(ids[:2], "<i8"), pack_ints([5, 5])))
+    # The last one begins in the step in which all end, after which a server may stop.
+    ended = [Finished(core_id, "length") for core_id in ids]
+    table.on_step(StepOutputs(0, pack_ints(ids, "<i8"), pack_ints([6, 6, 6]), finished=ended))
+    assert len(table) == 0
+    assert [recorder.flushes for recorder in recorders] == [2, 2, 1]
+
+
 async def test_rows_without_text_cost_about_a_microsecond() -> None:
     table = RequestTable(_NoLink(), None, 640, RequestMetrics(MAX_MODEL_LEN), Admission(AdmissionLimits(0, 0, 0)))  # type: ignore[arg-type]
     sink = _Counter()

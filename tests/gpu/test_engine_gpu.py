@@ -190,7 +190,7 @@ def test_no_kernel_is_compiled_once_the_engine_is_ready(
     model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     triton = pytest.importorskip("triton")
-    running = engine(model, layer_by_layer(monkeypatch))
+    running = engine(model, layer_by_layer(monkeypatch), max_model_len=4096)
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **call: compiled.append(call["repr"]))
     params, words = edited(len(prompts))
@@ -229,8 +229,8 @@ def test_answers_agree_up_to_ties(model: Path, prompts: list[list[int]], bf16_er
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"enforce_eager": True},
+        {"max_model_len": 4096},
+        {"max_model_len": 4096, "enforce_eager": True},
         {"max_num_seqs": 16, "num_gpu_blocks_override": 82},
         {"attention_backend": "torch"},
         {"attention_backend": "flash_attn"},
@@ -258,8 +258,8 @@ def test_answers_agree_up_to_ties_when_prompts_are_computed_layer_by_layer(
     monkeypatch.setattr(program.layered, "resume", counted)
     assert_equal_up_to_ties(model, prompts, layered.generate(prompts, greedy()), expected, bf16_error)
     assert len(layers) > 20
-    # In graphs, all have the sizes that were captured.
-    assert (set(layers) == {4096}) == (options.keys() <= {"max_num_seqs", "num_gpu_blocks_override"})
+    # In graphs, all have the size that was captured.
+    assert (set(layers) == {4096}) == (options == {"max_model_len": 4096})
 
 
 @pytest.mark.parametrize("backend", ["triton", "flash_attn"])

@@ -93,6 +93,7 @@ class NullWorker:
             view = self.slots[slot]
             if step.prefill_num_layers:
                 assert not view.measures_prompt
+                assert len(step.prefill_samples) == 1
                 if self._compute_layers(slot, length, step.prefill_first_layer, step.prefill_num_layers, writers):
                     assert not samples
                     continue

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from core.step_time import RelativeCosts, StepTimeModel, StepWork
+from protocol.messages import AddRequest, pack_ints, unpack_ints
 from protocol.model_config import load_model_config
 from protocol.sampling import SamplingParams
 from tests.support.engine import InProcessEngine
@@ -113,6 +114,47 @@ def test_greedy_tokens_are_the_same_when_prompts_are_computed_layer_by_layer(
     stats = engine.scheduler.stats()
     assert (stats.num_preemptions > 0) == (num_blocks is not None)
     assert stats.num_free_blocks == stats.num_blocks
+
+
+def test_a_prompt_may_share_a_block_that_a_decode_fills_beside_its_first_layers(
+    case: tuple[Path, list[list[int]], list[list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.step_time.MOST_STEPS_OF_QUEUE", 1_000_000)
+    model, prompts, _ = case
+    options = {"device": "cpu", "max_num_seqs": 16, "max_model_len": 192, "kv_cache_memory": "64MiB"}
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    first = next(prompt for prompt in prompts if len(prompt) >= 15)[:15]
+    (answer,) = InProcessEngine(model, **options).generate([first], params)
+    # It begins with the other's prompt and first token: a block, which is full with the step after that token's.
+    second = [*first, answer[0], *next(prompt for prompt in prompts if len(prompt) > 100)]
+    (expected,) = InProcessEngine(model, **options).generate([second], params)
+    step_time = StepTimeModel(
+        1e-3, RelativeCosts(1e-6, 1e-6, load_model_config(model).num_layers), min_chunk=16, least_layered=32
+    )
+    step_time.observe(StepWork(context=100), 1e-9)
+    step_time.observe(StepWork(context=0, tokens=100), 3e-3)
+    engine = InProcessEngine(model, step_time, **options)
+    scheduler, tokens, shared = engine.scheduler, {}, []
+
+    def turns(count: int) -> None:
+        for _ in range(count):
+            step = scheduler.schedule()
+            if step is None:
+                break
+            shared.extend((step.prefill_num_layers, each.num_computed_tokens) for each in step.admitted)
+            for _, message in scheduler.apply(engine.runner.execute(step).result()).messages(0):
+                ids, drawn = unpack_ints(message.request_ids, "<i8").tolist(), unpack_ints(message.token_ids).tolist()
+                for request_id, token in zip(ids, drawn, strict=True):
+                    tokens.setdefault(request_id, []).append(token)
+
+    # Another one decodes, so that time is bounded.
+    for request_id, prompt, count in ((0, prompts[0], 2), (1, first, 1), (2, second, 200)):
+        scheduler.add(0, AddRequest(request_id, pack_ints(prompt), params))
+        turns(count)
+    assert shared[-1][0] > 0, "the prompt was not computed layer by layer"
+    assert shared[-1][1] == 16, "no block was shared"
+    assert tokens[1] == answer
+    assert tokens[2] == expected
 
 
 def _counted(function: Callable[..., None], calls: list[tuple]) -> Callable[..., None]:
