@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-# Kernels compute a step in tiles of this many tokens, or in a large step of twice as many, and one that is not full
-# takes as long. So in a step of several tiles, a chunk that time cuts short ends with a tile.
+# Kernels compute a step in tiles of this many tokens, and one that is not full takes as long. So in a step of several
+# tiles, a chunk that time cuts short ends with a tile.
 TILE_TOKENS = 128
 _SEVERAL_TILES = 4
-_LARGE_STEP = 1024
 # A part of a layer by which a step may be over what it should hold.
 _LAYER_SLACK = 0.1
 
@@ -109,8 +108,7 @@ class PrefillBudget:
         length = max(int(self._longest(start, max(self._work, 0.0))), self._min_tokens)
         before = self._num_decodes + self.num_tokens
         if before + length >= _SEVERAL_TILES * TILE_TOKENS:
-            tile = TILE_TOKENS if before + length <= _LARGE_STEP else 2 * TILE_TOKENS
-            length = round((before + length) / tile) * tile - before
+            length = round((before + length) / TILE_TOKENS) * TILE_TOKENS - before
         else:
             length = (start + length) // self._block_size * self._block_size - start
         return max(min(length, wanted), 0)
