@@ -604,7 +604,7 @@ class Scheduler:
         """Makes the slot's blocks findable that are full of known tokens and computed by steps already sent.
 
         The step being made counts as sent: a request later in the same step may share the blocks, since a step writes
-        all its keys and values, layer by layer, before it attends to them.
+        all its keys and values, layer by layer, before it attends to them, and decodes before layers of a prompt.
         """
         if not self.config.enable_prefix_caching:
             return

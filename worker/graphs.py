@@ -25,7 +25,7 @@ def batch_buckets(max_num_seqs: int) -> list[int]:
 
 def token_buckets(max_num_batched_tokens: int) -> list[int]:
     """Token counts that steps with prefill are padded to: whole tiles of cuBLAS's products, which at sizes between take
-    up to a third longer than at the next of these. Below a few hundred tokens the weights decide the time, so that
+    up to a fifth longer than at the next of these. Below a few hundred tokens the weights decide the time, so that
     padding is nearly free there."""
     most = min(max_num_batched_tokens, _MOST_CAPTURED_TOKENS)
     sizes = {16, 32, 64, 192, *range(128, 1025, 128), *range(1280, most + 1, 256)}

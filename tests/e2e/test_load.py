@@ -41,7 +41,7 @@ def check_stream_that_nobody_reads(engine: RunningEngine, client: Client) -> Non
         body = json.dumps({**ENDLESS, "stream": True, "n": 16, "logprobs": 20}).encode()
         headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         reader.sendall(f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n\r\n".encode() + body)
-        wait_until(lambda: client.stats().aborted_requests == aborted + 16, 120)
+        wait_until(lambda: client.stats().aborted_requests == aborted + 16, 30)
         wait_until(lambda: is_idle(client), 5)
     engine.wait_for("does not read its stream")
 
