@@ -18,12 +18,15 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from worker.kernels import (  # noqa: E402
     apply_changes,
     argmax_sample,
     attention_decode,
     attention_prefill,
+    attention_prefill_hopper,
     commit_step,
     decode_schedule,
     edit_logits,
@@ -66,9 +69,13 @@ def shared_memory(
     capability: tuple[int, int],
     dtype: torch.dtype,
     constants: dict[str, Any],
+    descriptors: dict[str, list[int]] | None = None,
     **options: int | None,
 ) -> int:
-    """Compiles `kernel` for `capability` with 16-byte aligned pointers and strides; returns bytes of shared memory."""
+    """Compiles `kernel` for `capability` with 16-byte aligned pointers and strides; returns bytes of shared memory.
+
+    `descriptors` are the arguments that describe tensors for copies by boxes of this size, in a kernel in Gluon.
+    """
     if "DEPENDENT" in kernel.arg_names:
         constants = {"DEPENDENT": capability >= (9, 0)} | constants
         options["launch_pdl"] = constants["DEPENDENT"]
@@ -77,7 +84,11 @@ def shared_memory(
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name in INT32_POINTERS:
+        if descriptors and name in descriptors:
+            layout = gl.NVMMASharedLayout(128, 8 * dtype.itemsize, len(descriptors[name]))
+            sizes = ",".join(map(str, descriptors[name]))
+            signature[name] = f"tensordesc<{ELEMENT[dtype]}[{sizes}],{layout!r}>"
+        elif name in INT32_POINTERS:
             signature[name] = "*i32"
         elif name in INT16_POINTERS:
             signature[name] = "*i16"
@@ -91,7 +102,7 @@ def shared_memory(
             signature[name] = "fp32" if name in ("eps", "scale_log2") else "i32"
         if name.endswith(("_ptr", "_stride")):
             divisible[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)
+    source = (GluonASTSource if descriptors else ASTSource)(kernel, signature, constexprs=constants, attrs=divisible)
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     return int(triton.compile(source, target=target, options=options).metadata.shared)
 
@@ -106,7 +117,7 @@ def attention_cases(
         (torch.float32, 4, 2, 128, 16),
     ]
     if capability in ((9, 0), (12, 0)):
-        shapes += [(torch.bfloat16, 16, 8, 128, 256), (torch.float16, 40, 8, 128, 16)]
+        shapes += [(torch.bfloat16, 16, 8, 128, 256), (torch.float16, 40, 8, 128, 16), (torch.float16, 32, 4, 128, 32)]
     for dtype, heads, kv_heads, head_dim, block_size in shapes:
         for rows, fused in ((1, False), (1, True), (16, True), (64, False)):
             decode = decode_schedule.decode_config(capability, head_dim, dtype.itemsize, rows)
@@ -117,8 +128,17 @@ def attention_cases(
             options = {"num_warps": decode.num_warps, "num_stages": decode.num_stages}
             name = f"decode {dtype} {head_dim} {rows} rows, fused {fused}"
             cases.append((name, attention_decode._decode_kernel, dtype, constants, options))
+        group = heads // kv_heads
         for small in (False, True):
-            prefill = prefill_schedule.prefill_config(capability, head_dim, dtype.itemsize, small)
+            prefill = prefill_schedule.prefill_config(capability, group, head_dim, dtype.itemsize, small)
+            if prefill.whole_tiles:
+                constants = attention_prefill_hopper.hopper_prefill_constants(heads, kv_heads, block_size, prefill)
+                box = [min(block_size, prefill.tile), 64]
+                boxes = {"query_desc": [prefill.block_m // 2 // group, group, 64], "key_desc": box, "value_desc": box}
+                options = {"num_warps": prefill.num_warps, "descriptors": boxes}
+                kernel = attention_prefill_hopper._hopper_prefill_kernel
+                cases.append((f"prefill of whole tiles {dtype} {block_size}", kernel, dtype, constants, options))
+                continue
             constants = attention_prefill.prefill_constants(heads, kv_heads, head_dim, block_size, prefill, dtype)
             options = {"num_warps": prefill.num_warps, "num_stages": prefill.num_stages,
                        "maxnreg": prefill.maxnreg}  # fmt: skip
@@ -206,7 +226,7 @@ def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
     constants = {"TILE": config.tile, "MIN_CHUNK": config.min_chunk, "ROWS": 512, "ITEM": 8,
                  "BLOCK": 32}  # fmt: skip
     assert shared_memory(decode_schedule._schedule_kernel, capability, bf16, constants) <= limit
-    prefill = prefill_schedule.prefill_config(capability, 128, 2, small=False)
+    prefill = prefill_schedule.prefill_config(capability, 2, 128, 2, small=False)
     constants = prefill_schedule.prefill_schedule_constants(prefill, 33, 2, 641)
     assert shared_memory(prefill_schedule._schedule_kernel, capability, bf16, constants, num_warps=8) <= limit
     constants = {"VOCAB": 151936, "BLOCK": 2048, "STRETCHES": 75}

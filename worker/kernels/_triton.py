@@ -11,6 +11,20 @@ from typing import Any
 
 import torch
 
+
+class _MissingKernel:
+    def __getitem__(self, grid: Any) -> Any:
+        raise RuntimeError("this kernel needs Triton: pip install triton (Linux), or run on the CPU")
+
+
+class MissingTriton:
+    """Stands in for Triton where kernels are defined."""
+
+    @staticmethod
+    def jit(function: Any = None, **options: Any) -> Any:
+        return _MissingKernel() if function is not None else lambda function: _MissingKernel()
+
+
 try:
     import triton
     import triton.language as tl
@@ -19,23 +33,14 @@ try:
     INTERPRETED: bool = triton.knobs.runtime.interpret  # kernels run on the CPU, in Triton's interpreter
 except ImportError:
     INTERPRETED = False
-
-    class _MissingKernel:
-        def __getitem__(self, grid: Any) -> Any:
-            raise RuntimeError("this kernel needs Triton: pip install triton (Linux), or run on the CPU")
-
-    class _MissingTriton:
-        @staticmethod
-        def jit(function: Any = None, **options: Any) -> Any:
-            return _MissingKernel() if function is not None else lambda function: _MissingKernel()
-
-    triton: Any = _MissingTriton()  # type: ignore[no-redef]
+    triton: Any = MissingTriton()  # type: ignore[no-redef]
     tl: Any = None  # type: ignore[no-redef]
     gdc_launch_dependents = gdc_wait = None
 
 __all__ = [
     "INTERPRETED",
     "LARGE_SHARED_MEMORY",
+    "MissingTriton",
     "capability_and_processors",
     "cdiv",
     "dependent_launch",

@@ -20,6 +20,7 @@ from worker.kernels._triton import (
     tl,
     triton,
 )
+from worker.kernels.attention_prefill_hopper import hopper_prefill_attention
 from worker.kernels.prefill_schedule import SHARE_FIELDS, TILE_FIELDS, PrefillConfig, PrefillWorkspace
 
 # Head dimensions that are combined together: whole, a tile's parts would not fit the registers.
@@ -307,6 +308,8 @@ def paged_prefill_attention(
     tokens, num_heads, head_dim = query.shape
     block_size, num_kv_heads = key_cache.shape[1:3]
     config, programs = workspace.launch(tokens - least_decode_rows)
+    if config.whole_tiles:
+        return hopper_prefill_attention(query, key_cache, value_cache, block_table, workspace, scale, out)
     _prefill_kernel[(num_kv_heads * programs,)](
         query,
         key_cache,

@@ -2,8 +2,8 @@
 
 Query tokens are cut into tiles. Many tiles are handed out whole, neighbours together, which read the same keys. Of few
 the visible caches, one after another, are one stretch of work, of which every program takes an equal part (Stream-K,
-Osama et al. 2023): so a short chunk after a long prefix keeps all SMs busy. A captured step follows the lengths that
-it finds. Knows rows and lengths, nothing of attention itself.
+Osama et al. 2023): so a short chunk after a long prefix keeps all SMs busy. A kernel that cannot combine parts of tiles
+gets them whole. A captured step follows the lengths that it finds. Knows rows and lengths, nothing of attention itself.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from worker.kernels._gluon import HAS_GLUON
 from worker.kernels._triton import capability_and_processors, cdiv, next_power_of_2, tl, triton
 
 # int32 fields of a tile: where its work begins and ends in the stretch, slot, first query token, end of the row's
@@ -35,6 +36,7 @@ class PrefillConfig:
     num_stages: int
     programs_per_sm: int  # programs that fit an SM together, all of which are launched
     maxnreg: int | None = None  # registers a thread, where a second program on the SM is worth a few spills
+    whole_tiles: bool = False  # tiles are never shared, and attention_prefill_hopper.py attends them
 
     def tokens(self, group: int) -> int:
         """Query tokens of a tile, where `group` query heads share a key/value head."""
@@ -48,7 +50,9 @@ _SHARING_COST = 1024
 _PART_COST = 384
 
 
-def prefill_config(capability: tuple[int, int], head_dim: int, element_size: int, small: bool) -> PrefillConfig:
+def prefill_config(
+    capability: tuple[int, int], group: int, head_dim: int, element_size: int, small: bool
+) -> PrefillConfig:
     """The configuration for a device of `capability`, within its shared memory (99 KiB on sm_89 and sm_120).
 
     `small` is for steps of few query tokens, where more programs matter more than how often keys are read.
@@ -58,6 +62,9 @@ def prefill_config(capability: tuple[int, int], head_dim: int, element_size: int
     if capability[0] == 9:
         if small:
             return PrefillConfig(block_m=64, tile=64, num_warps=4, num_stages=3, programs_per_sm=2)
+        # Its copies bring powers of two of heads, and its tiles have the width of one head.
+        if HAS_GLUON and head_dim == 128 and 16 % group == 0:
+            return PrefillConfig(block_m=128, tile=128, num_warps=4, num_stages=2, programs_per_sm=1, whole_tiles=True)
         # Held to 128 registers, two programs share an SM: one's softmax runs beside the other's products.
         return PrefillConfig(block_m=128, tile=64, num_warps=8, num_stages=3, programs_per_sm=2, maxnreg=128)
     if small:
@@ -108,8 +115,8 @@ class PrefillWorkspace:
     ) -> PrefillWorkspace:
         """Allocates the workspace for steps of at most `max_rows` rows and `max_tokens` tokens."""
         capability, processors = capability_and_processors(device)
-        small, large = (prefill_config(capability, head_dim, dtype.itemsize, small) for small in (True, False))
         group = num_heads // num_kv_heads
+        small, large = (prefill_config(capability, group, head_dim, dtype.itemsize, small) for small in (True, False))
         programs = max(1, processors * max(small.programs_per_sm, large.programs_per_sm) // num_kv_heads)
         block_m = max(small.block_m, large.block_m, next_power_of_2(group))
         few = min(max_tokens, _most_small_tokens(processors, num_kv_heads, large.tokens(group)))
@@ -157,6 +164,7 @@ def _schedule_kernel(
     PLACES: tl.constexpr,
     TILE_FIELDS: tl.constexpr,
     SHARE_FIELDS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
 ):
     program = tl.program_id(0)
     # Row r's tiles begin at place query_start[r] // TOKENS + r, which leaves it at least the places it needs whatever
@@ -191,7 +199,7 @@ def _schedule_kernel(
     even = (total + PROGRAMS - 1) // PROGRAMS
     largest = tl.max(work, axis=0)
     waves = (tl.sum((2 * work > largest).to(tl.int32), axis=0) + PROGRAMS - 1) // PROGRAMS
-    whole = tl.maximum(largest * waves, even) <= even + even // 8 + SHARING_COST
+    whole = (tl.maximum(largest * waves, even) <= even + even // 8 + SHARING_COST) | WHOLE_TILES
     share = tl.maximum((even + TILE - 1) // TILE * TILE, MIN_SHARE)
     # Tiles of about one size are cut into equal parts, if that leaves few programs idle: each then has a single part.
     tiles = tl.sum(is_tile.to(tl.int32), axis=0)
@@ -254,7 +262,7 @@ def schedule_prefill(
     config, programs = workspace.launch(tokens - least_decode_rows)
     most_tiles = cdiv(tokens - least_decode_rows, config.tokens(workspace.group))
     assert most_tiles + rows - least_decode_rows + 1 <= workspace.most_places
-    _schedule_kernel[(programs,)](
+    _schedule_kernel[(1 if config.whole_tiles else programs,)](
         row_slots,
         query_start,
         kv_lens,
@@ -276,4 +284,5 @@ def prefill_schedule_constants(config: PrefillConfig, programs: int, group: int,
         "PROGRAMS": programs, "TOKENS": config.tokens(group), "TILE": config.tile,
         "MIN_SHARE": max(_MIN_SHARE, config.tile), "SHARING_COST": _SHARING_COST, "PART_COST": _PART_COST,
         "PLACES": next_power_of_2(most_places), "TILE_FIELDS": TILE_FIELDS, "SHARE_FIELDS": SHARE_FIELDS,
+        "WHOLE_TILES": config.whole_tiles,
     }  # fmt: skip
