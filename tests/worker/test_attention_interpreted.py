@@ -7,6 +7,7 @@ its own, with TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -257,6 +258,40 @@ def test_programs_share_prefill_equally(
     assert max(sizes) <= max(256, 1.25 * work / programs)
     assert workspace.arrived.eq(0).all()
     assert workspace.plan[2:].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens", "decode", "padding"),
+    [([8], [1500], 0, 0), ([1, 1, 70, 3, 20], [9, 400, 70, 900, 300], 2, 40), ([1], [5], 1, 0)],
+    ids=["one tile", "mixed and padded", "nothing to attend"],
+)
+def test_tiles_of_a_kernel_that_cannot_combine_parts_are_never_shared(
+    query_lens: list[int], kv_lens: list[int], decode: int, padding: int
+) -> None:
+    """What the kernel in Gluon is told, which the interpreter cannot run: every tile once, a row's last one first."""
+    batch = random_batch(
+        query_lens, kv_lens, num_decode_rows=decode, padding_tokens=padding, num_heads=2, num_kv_heads=1
+    )
+    metadata, num_tokens = batch.metadata, batch.query.shape[0]
+    made = PrefillWorkspace.create(max_rows=8, max_tokens=num_tokens, num_heads=2, num_kv_heads=1, head_dim=64,
+                                   dtype=torch.float32, device=torch.device("cpu"))  # fmt: skip
+    whole = replace(made.large, whole_tiles=True)
+    workspace = replace(made, small=whole, large=whole)
+    schedule_prefill(
+        metadata.row_slots, metadata.query_start, metadata.kv_lens, metadata.decode_rows, num_tokens, 0, workspace
+    )
+    tokens = whole.tokens(2)
+    expected = []
+    stop = decode
+    for slot, length, kv_len in zip(
+        [*metadata.row_slots.tolist()[decode:], 0], [*query_lens[decode:], padding], [*kv_lens[decode:], 0], strict=True
+    ):
+        start, stop = stop, stop + length
+        shift = kv_len - stop
+        for first in reversed(range(start, stop, tokens)):
+            expected.append([slot, first, stop, shift, max(min(first + tokens + shift, kv_len), 0)])
+    assert workspace.plan[1:].tolist() == [len(expected), 0, 0]
+    assert workspace.tiles[: len(expected), 2:].tolist() == expected
 
 
 def test_prefill_of_many_tokens_uses_the_large_tile() -> None:

@@ -6,6 +6,7 @@ has the references that stand beside them; launching a kernel there fails with a
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,9 @@ class MissingTriton:
     def jit(function: Any = None, **options: Any) -> Any:
         return _MissingKernel() if function is not None else lambda function: _MissingKernel()
 
+
+# Triton 3.10 leaves out fused multiply-adds unless asked; the kernels' speed counts on them.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 try:
     import triton
