@@ -22,7 +22,6 @@ from core.crash_search import CrashSearch
 from core.frontends import Frontends
 from core.grammar import Grammars
 from core.masks import MaskMaker
-from core.results import StepEffects
 from core.scheduler import Scheduler, SchedulerConfig
 from core.step_time import RelativeCosts, StepClock, StepTimeModel
 from core.worker_link import WorkerLink
@@ -96,8 +95,7 @@ class EngineCore:
         return None
 
     def _turn(self, sources: set) -> None:
-        """Takes what has arrived, then sends what can be sent: steps first, since the GPU waits for them, but for first
-        tokens, for which somebody waits, while it has another step."""
+        """Takes what has arrived, then sends what can be sent: steps first, since the GPU waits for them."""
         if self._child.control.socket in sources:
             while (lost := self._next_loss()) is not None:
                 self._lose_worker(lost)
@@ -105,12 +103,10 @@ class EngineCore:
         if self._grammar_reader in sources:
             os.read(self._grammar_reader, 4096)
             self._frontends.start_grammars()
-        effects: list[StepEffects] = []
+        effects = []
         while (message := self._worker.receive()) is not None:
             if isinstance(message, StepResult):
                 effects.append(self._scheduler.apply(message, self._clock.answered(time.perf_counter())))
-                if effects[-1].has_prefill and self._scheduler.num_in_flight:
-                    self._send_effects(effects)
                 self._send_steps()
             else:
                 self._greet_worker(message)
@@ -118,7 +114,8 @@ class EngineCore:
             self._search.advance()
             self._tell_of_search()
         self._send_steps()
-        self._send_effects(effects)
+        for effect in effects:
+            self._frontends.send_effects(effect)
         self._scheduler.register_prefilled()
         if self._worker.has_become_stuck():
             self._child.found_stuck(
@@ -137,11 +134,6 @@ class EngineCore:
             self._worker.send(step)
             self._clock.sent(time.perf_counter())
             self._send_masks()
-
-    def _send_effects(self, effects: list[StepEffects]) -> None:
-        for effect in effects:
-            self._frontends.send_effects(effect)
-        effects.clear()
 
     def _send_masks(self) -> None:
         masked = self._scheduler.take_masked_rows()

@@ -16,13 +16,9 @@ class StepEffects:
     """Collects the effects of one step. Rows come as arrays; only what ends is looked at one by one.
 
     `logprobs` are the step's, whose rows are those of the step: the rows added here must then say which they are.
-
-    Attributes:
-        has_prefill: the step computed prompts, so that some of the tokens may be the first of their requests.
     """
 
-    def __init__(self, logprobs: Sequence[TokenLogprobs] = (), has_prefill: bool = False) -> None:
-        self.has_prefill = has_prefill
+    def __init__(self, logprobs: Sequence[TokenLogprobs] = ()) -> None:
         self._logprobs = logprobs
         self._rows: list[np.ndarray] = []
         self._prompt_logprobs: dict[int, list[PromptLogprobs]] = {}

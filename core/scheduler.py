@@ -521,7 +521,7 @@ class Scheduler:
         if self.step_time is not None and seconds is not None:
             self.step_time.observe(step.work, seconds)
         tokens = unpack_ints(result.token_ids)
-        effects = StepEffects(result.logprobs, has_prefill=step.work.tokens > 0)
+        effects = StepEffects(result.logprobs)
         for (request, is_end), tokens_of_prompt in zip(step.measured, result.prompt_logprobs, strict=True):
             if request.phase is not Phase.FINISHED:
                 request.prompt_is_measured |= is_end

@@ -24,7 +24,7 @@ _MOST_OF_LAYERED = 1.5
 # Tokens beside decodes before any prefill was measured: a few milliseconds on most GPUs, and then the rate is known.
 UNMEASURED_CHUNK = 1024
 # What a flop of attention takes, in flops of products: chunks beside decodes add to products that have to be anyway.
-ATTENTION_FLOP = 1.2
+ATTENTION_FLOP = 1.5
 # Prefill may always take this many times as long as the decodes beside it. Where decodes alone come near the bound a
 # prompt would crawl, and each step reads the weights once more for little.
 PREFILL_PER_DECODE = 2.0

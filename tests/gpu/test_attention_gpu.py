@@ -33,6 +33,7 @@ PREFILL = {
     "mixed": ([1] * 40 + [300, 0, 65], [700] * 39 + [5, 300, 0, 129], 40, 5),
     "a long prompt": ([3000], [3000], 0, 0),
     "long prompts and chunks": ([2100, 1, 700, 1000], [2100, 900, 3001, 1000], 0, 0),
+    "decodes and padding": ([1] * 40, [700] * 40, 40, 800),
     "a long mixed step": ([1] * 40 + [1500, 0, 2065], [700] * 39 + [5, 1500, 0, 4129], 40, 37),
     "a tile for many programs": ([16], [8000], 0, 0),
 }
@@ -101,6 +102,26 @@ def test_prefill(step: str, shape: tuple[int, int, int], name: str) -> None:
             query_lens, kv_lens, num_decode_rows=decode, padding_tokens=padding, num_heads=heads,
             num_kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=torch.bfloat16, device="cuda",
         ))  # fmt: skip
+
+
+@pytest.mark.parametrize("step", ["long prompts and chunks", "a long mixed step"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "block_size", "dtype"),
+    [
+        (8, 8, 64, torch.bfloat16),
+        (32, 8, 32, torch.bfloat16),
+        (16, 1, 128, torch.bfloat16),
+        (32, 4, 256, torch.float16),
+    ],
+    ids=str,
+)
+def test_prefill_of_whole_tiles(heads: int, kv_heads: int, block_size: int, dtype: torch.dtype, step: str) -> None:
+    """Long steps, for which Hopper has a kernel of its own, in groups, blocks and a dtype that no other test has."""
+    query_lens, kv_lens, decode, padding = PREFILL[step]
+    check("triton", random_batch(
+        query_lens, kv_lens, num_decode_rows=decode, padding_tokens=padding, num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=128, block_size=block_size, dtype=dtype, device="cuda",
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("lens", ["1 x 1", "1 x 8000", "boundaries", "padding"])

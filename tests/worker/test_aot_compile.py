@@ -117,7 +117,7 @@ def attention_cases(
         (torch.float32, 4, 2, 128, 16),
     ]
     if capability in ((9, 0), (12, 0)):
-        shapes += [(torch.bfloat16, 16, 8, 128, 256), (torch.float16, 40, 8, 128, 16), (torch.float16, 32, 4, 128, 32)]
+        shapes += [(torch.bfloat16, 16, 8, 128, 256), (torch.float16, 40, 8, 128, 16)]
     for dtype, heads, kv_heads, head_dim, block_size in shapes:
         for rows, fused in ((1, False), (1, True), (16, True), (64, False)):
             decode = decode_schedule.decode_config(capability, head_dim, dtype.itemsize, rows)
@@ -128,22 +128,29 @@ def attention_cases(
             options = {"num_warps": decode.num_warps, "num_stages": decode.num_stages}
             name = f"decode {dtype} {head_dim} {rows} rows, fused {fused}"
             cases.append((name, attention_decode._decode_kernel, dtype, constants, options))
-        group = heads // kv_heads
         for small in (False, True):
-            prefill = prefill_schedule.prefill_config(capability, group, head_dim, dtype.itemsize, small)
-            if prefill.whole_tiles:
-                constants = attention_prefill_hopper.hopper_prefill_constants(heads, kv_heads, block_size, prefill)
-                box = [min(block_size, prefill.tile), 64]
-                boxes = {"query_desc": [prefill.block_m // 2 // group, group, 64], "key_desc": box, "value_desc": box}
-                options = {"num_warps": prefill.num_warps, "descriptors": boxes}
-                kernel = attention_prefill_hopper._hopper_prefill_kernel
-                cases.append((f"prefill of whole tiles {dtype} {block_size}", kernel, dtype, constants, options))
-                continue
+            prefill = prefill_schedule.prefill_config(capability, head_dim, dtype.itemsize, small)
             constants = attention_prefill.prefill_constants(heads, kv_heads, head_dim, block_size, prefill, dtype)
             options = {"num_warps": prefill.num_warps, "num_stages": prefill.num_stages,
                        "maxnreg": prefill.maxnreg}  # fmt: skip
             cases.append((f"prefill {dtype} {head_dim} {small}", attention_prefill._prefill_kernel, dtype, constants,
                           options))  # fmt: skip
+    for dtype, heads, kv_heads, block_size in (
+        (torch.bfloat16, 16, 8, 16),
+        (torch.bfloat16, 32, 8, 256),
+        (torch.float16, 32, 4, 32),
+        (torch.bfloat16, 8, 8, 64),
+        (torch.bfloat16, 16, 1, 128),
+    ):
+        group = heads // kv_heads
+        hopper = prefill_schedule.hopper_config(capability, group, 128, dtype.itemsize)
+        if hopper is not None:
+            constants = attention_prefill_hopper.hopper_prefill_constants(heads, kv_heads, block_size, hopper)
+            box = [min(block_size, hopper.tile), 64]
+            boxes = {"query_desc": [hopper.block_m // 2 // group, group, 64], "key_desc": box, "value_desc": box}
+            name = f"prefill of whole tiles {dtype} {heads} {kv_heads} {block_size}"
+            cases.append((name, attention_prefill_hopper._hopper_prefill_kernel, dtype, constants,
+                          {"num_warps": hopper.num_warps, "descriptors": boxes}))  # fmt: skip
     return cases
 
 
@@ -226,7 +233,7 @@ def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
     constants = {"TILE": config.tile, "MIN_CHUNK": config.min_chunk, "ROWS": 512, "ITEM": 8,
                  "BLOCK": 32}  # fmt: skip
     assert shared_memory(decode_schedule._schedule_kernel, capability, bf16, constants) <= limit
-    prefill = prefill_schedule.prefill_config(capability, 2, 128, 2, small=False)
+    prefill = prefill_schedule.prefill_config(capability, 128, 2, small=False)
     constants = prefill_schedule.prefill_schedule_constants(prefill, 33, 2, 641)
     assert shared_memory(prefill_schedule._schedule_kernel, capability, bf16, constants, num_warps=8) <= limit
     constants = {"VOCAB": 151936, "BLOCK": 2048, "STRETCHES": 75}

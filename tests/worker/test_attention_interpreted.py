@@ -220,13 +220,12 @@ def prefill_attention(batch: PagedBatch, decode: int = 0) -> tuple[torch.Tensor,
         metadata.decode_rows,
         tokens,
         decode,
+        decode,
         workspace,
     )
     out = torch.full((tokens, heads, head_dim), float("nan"))
     caches = batch.key_cache, batch.value_cache
-    paged_prefill_attention(
-        batch.query, *caches, metadata.block_table, workspace, head_dim**-0.5, out, least_decode_rows=decode
-    )
+    paged_prefill_attention(batch.query, *caches, metadata.block_table, workspace, head_dim**-0.5, out, decode, decode)
     return out, workspace
 
 
@@ -244,7 +243,7 @@ def test_programs_share_prefill_equally(
     batch = random_batch(query_lens, kv_lens, num_heads=2, num_kv_heads=1)
     out, workspace = prefill_attention(batch)
     assert_agrees(out, batch)
-    config, programs = workspace.launch(sum(query_lens))
+    config, programs = workspace.launch(sum(query_lens), sum(query_lens))
     tokens = config.tokens(2)
     work = 0
     for length, kv_len in zip(query_lens, kv_lens, strict=True):
@@ -278,7 +277,14 @@ def test_tiles_of_a_kernel_that_cannot_combine_parts_are_never_shared(
     whole = replace(made.large, whole_tiles=True)
     workspace = replace(made, small=whole, large=whole)
     schedule_prefill(
-        metadata.row_slots, metadata.query_start, metadata.kv_lens, metadata.decode_rows, num_tokens, 0, workspace
+        metadata.row_slots,
+        metadata.query_start,
+        metadata.kv_lens,
+        metadata.decode_rows,
+        num_tokens,
+        0,
+        len(query_lens),
+        workspace,
     )
     tokens = whole.tokens(2)
     expected = []
@@ -297,7 +303,7 @@ def test_tiles_of_a_kernel_that_cannot_combine_parts_are_never_shared(
 def test_prefill_of_many_tokens_uses_the_large_tile() -> None:
     batch = random_batch([200, 100], [200, 150], num_heads=8, num_kv_heads=4)
     out, workspace = prefill_attention(batch)
-    assert workspace.launch(300)[0] == workspace.large != workspace.small
+    assert workspace.launch(300, 300)[0] == workspace.large != workspace.small
     assert_agrees(out, batch)
 
 

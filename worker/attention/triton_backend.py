@@ -70,7 +70,7 @@ class TritonAttention:
         if metadata.num_decode_rows != tokens:
             schedule_prefill(
                 metadata.row_slots, metadata.query_start, metadata.kv_lens, metadata.decode_rows, tokens,
-                metadata.num_decode_rows or 0, self._prefill,
+                metadata.num_decode_rows or 0, self._most_decode_rows(metadata), self._prefill,
             )  # fmt: skip
 
     @staticmethod
@@ -128,5 +128,6 @@ class TritonAttention:
                 self._scale,
                 out,
                 least_decode_rows=metadata.num_decode_rows or 0,
+                most_decode_rows=most_decode,
             )
         return out

@@ -282,6 +282,7 @@ def paged_prefill_attention(
     scale: float,
     out: torch.Tensor,
     least_decode_rows: int = 0,
+    most_decode_rows: int = 0,
 ) -> torch.Tensor:
     """Attends the query tokens of the rows after the decode rows causally to their caches, which hold the step's own
     tokens too, by the schedule that `workspace` holds.
@@ -297,17 +298,17 @@ def paged_prefill_attention(
         query: [tokens, Hq, D], all tokens of the step; the heads of a token are contiguous, tokens may be strided.
         key_cache, value_cache: [num_blocks, block_size, Hkv, D], contiguous; block_size a power of two >= 16.
         block_table: [slots + 1, max_blocks] int32.
-        workspace: as `schedule_prefill` left it for as many tokens and `least_decode_rows`.
+        workspace: as `schedule_prefill` left it for as many tokens and the same bounds of decode rows.
         scale: factor of the scores, usually D ** -0.5.
         out: [tokens, Hq, D], contiguous; written from the first prefill row on, zero for padding tokens.
-        least_decode_rows: what the host knows of how many decode rows come first.
+        least_decode_rows, most_decode_rows: what the host knows of how many decode rows come first.
 
     Returns:
         `out`.
     """
     tokens, num_heads, head_dim = query.shape
     block_size, num_kv_heads = key_cache.shape[1:3]
-    config, programs = workspace.launch(tokens - least_decode_rows)
+    config, programs = workspace.launch(tokens - least_decode_rows, tokens - most_decode_rows)
     if config.whole_tiles:
         return hopper_prefill_attention(query, key_cache, value_cache, block_table, workspace, scale, out)
     _prefill_kernel[(num_kv_heads * programs,)](

@@ -1,11 +1,12 @@
 """Prefill attention of long steps on Hopper: as in attention_prefill.py, written in Gluon, Triton's lower level.
 
-FlashAttention-3 (Shah et al. 2024): of a program's warps one brings keys and values from their blocks to shared memory
-(TMA), and two groups of four attend half of a tile's rows each. While the tensor cores compute a group's next scores
-and add its last weighted values, the group computes the weights in between, and the groups take turns.
+FlashAttention-3 (Shah et al. 2024): a program is persistent and its warps are specialised. A producer warp takes tiles
+and brings queries, keys and values from their blocks to rings in shared memory (TMA). Two consumer warpgroups attend
+half of a tile's rows each: while the tensor cores compute a group's next scores and add its last weighted values, it
+computes the weights in between, and the groups take turns (ping-pong).
 
-Tiles are handed out whole, so this is for steps with enough of them; prefill_schedule.py decides which those are.
-Tested on a GPU alone, against the same reference: Triton's interpreter does not know Gluon.
+Tiles are never shared among programs, so this is for steps with enough of them; prefill_schedule.py decides which those
+are. Tested on a GPU alone, against the same reference: Triton's interpreter does not know Gluon.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from worker.kernels._gluon import TensorDescriptor, gl, gluon, hopper, load_box,
 from worker.kernels._triton import dependent_launch, gdc_launch_dependents, gdc_wait
 from worker.kernels.prefill_schedule import TILE_FIELDS, PrefillConfig, PrefillWorkspace
 
-# Registers a thread of the attending groups; the loading warp's group gets what is left of an SM's.
+# Registers a thread of the consumers; the producer's warpgroup gets what is left of an SM's.
 _REGISTERS = 232
 
 
@@ -29,7 +30,7 @@ def _place(i, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _load_tiles(
+def _produce(
     query_desc,
     key_desc,
     value_desc,
@@ -48,7 +49,7 @@ def _load_tiles(
     STAGES: gl.constexpr,
     TILE_FIELDS: gl.constexpr,
 ):
-    """The loading warp: takes tickets, and brings their queries, keys and values, the last keys first."""
+    """The producer warp: takes tickets, and brings their queries, keys and values, the last keys first."""
     BOX: gl.constexpr = min(BLOCK_SIZE, TILE)  # cached tokens of a copy: they lie one after another in their block
     BOXES: gl.constexpr = TILE // BOX
     TOKENS: gl.constexpr = query_desc.block_shape[0]
@@ -117,12 +118,12 @@ def _load_tiles(
 
 @gluon.jit
 def _field(smem, i):
-    """A number that the loading warp has left for the attending ones."""
+    """A number that the producer has left for the consumers."""
     return gl.max(smem.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
-def _here(total):
+def _pin_before_wait(total):
     """Keeps the weights that `total` sums before the wait that follows.
 
     For all that the assembler knows, a negative sum sleeps there. Without, it moves the exponentials behind the wait
@@ -187,7 +188,7 @@ def _fold(
     if MASKED:
         score = gl.where(gl.expand_dims(position, 0) <= gl.expand_dims(last, 1), score, -float("inf"))
     new_weight, maximum, total, rescale = _weigh(score, maximum, total, scale_log2)
-    total = _here(total)
+    total = _pin_before_wait(total)
     acc = hopper.warpgroup_mma_wait(0, [acc])
     hopper.mbarrier.arrive(value_empty.index(value_place), count=1)
     acc = acc * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, ACC)), 1)
@@ -195,7 +196,7 @@ def _fold(
 
 
 @gluon.jit
-def _attend_half(
+def _consume(
     HALF: gl.constexpr,
     out_ptr,
     queries,
@@ -210,7 +211,7 @@ def _attend_half(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Four warps: attend half of each tile's rows, as the loading warp brings them."""
+    """A consumer warpgroup: attends half of each tile's rows, as the producer brings them."""
     BOX: gl.constexpr = min(BLOCK_SIZE, TILE)
     BOXES: gl.constexpr = TILE // BOX
     query_smem, tile_smem, query_full, query_empty = queries
@@ -260,6 +261,8 @@ def _attend_half(
         acc = gl.zeros([ROWS, 128], gl.float32, ACC)
         if seen % BOX != 0:
             # What lies past the row's end in its last block may be another request's NaN, which no weight of 0 hides.
+            # Both groups write the same. The fence, and the barriers that Gluon puts before a product and before an
+            # arrival, order it before the products and before later copies.
             hopper.mbarrier.wait(value_full.index(place), parity)
             boxes = view_as(value_smem.index(place), [2 * BOXES, BOX, 64], MATRIX)
             in_box = gl.expand_dims(gl.arange(0, BOX, gl.SliceLayout(1, BOX_LAYOUT)), 1) < seen % BOX
@@ -366,15 +369,15 @@ def _hopper_prefill_kernel(
     values = (value_smem, value_full, value_empty)
     gl.warp_specialize(
         [
-            (_attend_half, (
+            (_consume, (
                 gl.constexpr(0), out_ptr, queries, keys, values, turns, scale_log2,
                 NUM_HEADS, GROUP, BLOCK_SIZE, ROWS, TILE, STAGES,
             )),
-            (_attend_half, (
+            (_consume, (
                 gl.constexpr(1), out_ptr, queries, keys, values, turns, scale_log2,
                 NUM_HEADS, GROUP, BLOCK_SIZE, ROWS, TILE, STAGES,
             )),
-            (_load_tiles, (
+            (_produce, (
                 query_desc, key_desc, value_desc, block_table_ptr, tiles_ptr, plan_ptr, table_stride, num_slots,
                 queries, keys, values, NUM_KV_HEADS, GROUP, BLOCK_SIZE, TILE, STAGES, TILE_FIELDS,
             )),
@@ -409,7 +412,8 @@ def hopper_prefill_attention(
     Returns:
         `out`.
     """
-    config = workspace.large
+    config = workspace.hopper
+    assert config is not None
     num_heads, head_dim = query.shape[1:]
     num_blocks, block_size, num_kv_heads, _ = key_cache.shape
     group = num_heads // num_kv_heads

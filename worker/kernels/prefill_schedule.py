@@ -50,9 +50,7 @@ _SHARING_COST = 1024
 _PART_COST = 384
 
 
-def prefill_config(
-    capability: tuple[int, int], group: int, head_dim: int, element_size: int, small: bool
-) -> PrefillConfig:
+def prefill_config(capability: tuple[int, int], head_dim: int, element_size: int, small: bool) -> PrefillConfig:
     """The configuration for a device of `capability`, within its shared memory (99 KiB on sm_89 and sm_120).
 
     `small` is for steps of few query tokens, where more programs matter more than how often keys are read.
@@ -62,9 +60,6 @@ def prefill_config(
     if capability[0] == 9:
         if small:
             return PrefillConfig(block_m=64, tile=64, num_warps=4, num_stages=3, programs_per_sm=2)
-        # Its copies bring powers of two of heads, and its tiles have the width of one head.
-        if HAS_GLUON and head_dim == 128 and 16 % group == 0:
-            return PrefillConfig(block_m=128, tile=128, num_warps=4, num_stages=2, programs_per_sm=1, whole_tiles=True)
         # Held to 128 registers, two programs share an SM: one's softmax runs beside the other's products.
         return PrefillConfig(block_m=128, tile=64, num_warps=8, num_stages=3, programs_per_sm=2, maxnreg=128)
     if small:
@@ -72,6 +67,16 @@ def prefill_config(
     if capability == (8, 0):
         return PrefillConfig(block_m=128, tile=64, num_warps=8, num_stages=2, programs_per_sm=1)
     return PrefillConfig(block_m=128, tile=32, num_warps=8, num_stages=2, programs_per_sm=1)
+
+
+def hopper_config(capability: tuple[int, int], group: int, head_dim: int, element_size: int) -> PrefillConfig | None:
+    """The configuration of attention_prefill_hopper.py, or None where it cannot run.
+
+    It is written for head dimension 128 and 16-bit elements, and a TMA box needs a power of two of query heads.
+    """
+    if capability != (9, 0) or not HAS_GLUON or head_dim != 128 or element_size != 2 or 16 % group != 0:
+        return None
+    return PrefillConfig(block_m=128, tile=128, num_warps=4, num_stages=2, programs_per_sm=1, whole_tiles=True)
 
 
 def _most_small_tokens(processors: int, num_kv_heads: int, tokens: int) -> int:
@@ -85,6 +90,7 @@ class PrefillWorkspace:
 
     small: PrefillConfig  # for steps whose tokens make few tiles
     large: PrefillConfig
+    hopper: PrefillConfig | None  # for steps of enough tokens that no tile need be shared
     processors: int
     group: int
     num_kv_heads: int
@@ -96,10 +102,13 @@ class PrefillWorkspace:
     partial_out: torch.Tensor  # [most programs, 2, num_kv_heads, block_m * head_dim, padded] fp32
     partial_lse: torch.Tensor  # [most programs, 2, num_kv_heads, block_m] fp32, log2 of the sum of exponentials
 
-    def launch(self, tokens: int) -> tuple[PrefillConfig, int]:
-        """The configuration for a step of `tokens` query tokens, and how many programs a key/value head gets."""
-        few = tokens <= _most_small_tokens(self.processors, self.num_kv_heads, self.large.tokens(self.group))
-        config = self.small if few else self.large
+    def launch(self, most_tokens: int, least_tokens: int) -> tuple[PrefillConfig, int]:
+        """The configuration for a step of so many query tokens, as far as the host knows, and how many programs a
+        key/value head gets."""
+        few = _most_small_tokens(self.processors, self.num_kv_heads, self.large.tokens(self.group))
+        config = self.small if most_tokens <= few else self.large
+        if self.hopper is not None and least_tokens > few:
+            config = self.hopper
         return config, max(1, self.processors * config.programs_per_sm // self.num_kv_heads)
 
     @staticmethod
@@ -116,7 +125,9 @@ class PrefillWorkspace:
         """Allocates the workspace for steps of at most `max_rows` rows and `max_tokens` tokens."""
         capability, processors = capability_and_processors(device)
         group = num_heads // num_kv_heads
-        small, large = (prefill_config(capability, group, head_dim, dtype.itemsize, small) for small in (True, False))
+        small, large = (prefill_config(capability, head_dim, dtype.itemsize, small) for small in (True, False))
+        hopper = hopper_config(capability, group, head_dim, dtype.itemsize)
+        assert hopper is None or hopper.tokens(group) == large.tokens(group)
         programs = max(1, processors * max(small.programs_per_sm, large.programs_per_sm) // num_kv_heads)
         block_m = max(small.block_m, large.block_m, next_power_of_2(group))
         few = min(max_tokens, _most_small_tokens(processors, num_kv_heads, large.tokens(group)))
@@ -125,6 +136,7 @@ class PrefillWorkspace:
         return PrefillWorkspace(
             small=small,
             large=large,
+            hopper=hopper,
             processors=processors,
             group=group,
             num_kv_heads=num_kv_heads,
@@ -243,6 +255,7 @@ def schedule_prefill(
     decode_rows: torch.Tensor,
     tokens: int,
     least_decode_rows: int,
+    most_decode_rows: int,
     workspace: PrefillWorkspace,
 ) -> None:
     """Shares out the rows after the decode rows, once a step, for every layer's `paged_prefill_attention`.
@@ -255,11 +268,11 @@ def schedule_prefill(
         kv_lens: [rows] int32, cached tokens of each row, the step's own included; 0 for padding.
         decode_rows: [1] int32, the rows before the first to attend; they have one query token each.
         tokens: of the step, padding included.
-        least_decode_rows: what the host knows of `decode_rows`.
+        least_decode_rows, most_decode_rows: what the host knows of `decode_rows`.
         workspace: written.
     """
     rows = row_slots.shape[0]
-    config, programs = workspace.launch(tokens - least_decode_rows)
+    config, programs = workspace.launch(tokens - least_decode_rows, tokens - most_decode_rows)
     most_tiles = cdiv(tokens - least_decode_rows, config.tokens(workspace.group))
     assert most_tiles + rows - least_decode_rows + 1 <= workspace.most_places
     _schedule_kernel[(1 if config.whole_tiles else programs,)](
