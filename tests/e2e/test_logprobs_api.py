@@ -209,7 +209,9 @@ def test_best_of_returns_those_of_the_highest_mean_logprob_and_counts_all(ai: Op
         of_prompt = everything.choices[6 * index : 6 * index + 6]
         means = [sum(each.logprobs.token_logprobs) / len(each.logprobs.tokens) for each in of_prompt]
         ranked = sorted(zip(means, of_prompt, strict=True), key=lambda each: -each[0])
-        assert ranked[1][0] > ranked[2][0], "the worst may not be as good as the best"
+        # Two answers may be the same, and their means differ or not as rounding has it: then either is as good.
+        second, third = ranked[1], ranked[2]
+        assert second[0] > third[0] or second[1].text == third[1].text, "which two are best must be certain"
         expected += [choice.text for _, choice in ranked[:2]]
     assert expected != [choice.text for start in (0, 6) for choice in everything.choices[start : start + 2]]
     best = complete(ai, n=2, best_of=6, **options)
