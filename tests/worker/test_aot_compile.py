@@ -5,9 +5,8 @@ Triton compiles without a GPU. The configurations are those that the launchers w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
@@ -46,6 +45,7 @@ if triton.knobs.runtime.interpret:
 
 CAPABILITIES = [(8, 0), (8, 9), (9, 0), (12, 0)]
 SHARED_MEMORY = {(8, 0): 163, (8, 9): 99, (9, 0): 227, (12, 0): 99}  # KiB that one block can have
+SAMPLED_DTYPES = (torch.bfloat16, torch.float32)
 ELEMENT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 INT32_POINTERS = {
@@ -154,28 +154,13 @@ def attention_cases(
     return cases
 
 
-def compile_attention_case(capability: tuple[int, int], index: int) -> tuple[str, int]:
-    name, kernel, dtype, constants, options = attention_cases(capability)[index]
-    return name, shared_memory(kernel, capability, dtype, constants, **options)
-
-
-@pytest.fixture(scope="module")
-def compilers() -> Iterator[ProcessPoolExecutor]:
-    # Processes: in threads, Python 3.11's parser trips over another thread that parses (a SystemError about the
-    # "recursion depth" of the AST), and a kernel is parsed when it is compiled.
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        yield pool
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
-def test_attention_kernels_fit_the_device(capability: tuple[int, int], compilers: ProcessPoolExecutor) -> None:
-    cases = range(len(attention_cases(capability)))
-    for name, used in compilers.map(partial(compile_attention_case, capability), cases):
+def check_attention_kernels(capability: tuple[int, int]) -> None:
+    for name, kernel, dtype, constants, options in attention_cases(capability):
+        used = shared_memory(kernel, capability, dtype, constants, **options)
         assert used <= SHARED_MEMORY[capability] * 1024, f"{name} uses {used} bytes"
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
-def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
+def check_small_kernels(capability: tuple[int, int]) -> None:
     bf16 = torch.bfloat16
     norm = dict(rms_norm.rms_norm_config(1024))
     warps = norm.pop("num_warps")
@@ -242,9 +227,7 @@ def test_small_kernels_fit_the_device(capability: tuple[int, int]) -> None:
     assert shared_memory(argmax_sample._reduce_kernel, capability, bf16, constants, num_warps=1) <= limit
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
-def test_sampling_kernels_fit_the_device(capability: tuple[int, int], dtype: torch.dtype) -> None:
+def check_sampling_kernels(capability: tuple[int, int], dtype: torch.dtype) -> None:
     limit = SHARED_MEMORY[capability] * 1024
     stretch, draw = gumbel_sample._stretch_kernel, gumbel_sample._draw_kernel
     begin, search, finish = (
@@ -269,8 +252,7 @@ def test_sampling_kernels_fit_the_device(capability: tuple[int, int], dtype: tor
         assert shared_memory(finish, capability, dtype, constants, num_warps=8) <= limit
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
-def test_logit_edits_fit_the_device(capability: tuple[int, int]) -> None:
+def check_logit_edits(capability: tuple[int, int]) -> None:
     limit = SHARED_MEMORY[capability] * 1024
     for vocab in (151936, 1000):
         sizes = {"VOCAB": vocab, "WORD": edit_logits.WORD_TOKENS}
@@ -278,3 +260,32 @@ def test_logit_edits_fit_the_device(capability: tuple[int, int]) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             assert shared_memory(edit_logits._edit_kernel, capability, dtype, constants) <= limit
         assert shared_memory(edit_logits._record_kernel, capability, torch.float32, sizes | {"BLOCK": 128}) <= limit
+
+
+# Longest first, so that two processes end together.
+CHECKS: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
+    *((check_attention_kernels, (capability,)) for capability in CAPABILITIES[::-1]),
+    *((check_small_kernels, (capability,)) for capability in CAPABILITIES[::-1]),
+    *((check_sampling_kernels, (capability, dtype)) for capability in CAPABILITIES for dtype in SAMPLED_DTYPES),
+    *((check_logit_edits, (capability,)) for capability in CAPABILITIES),
+]
+
+
+@pytest.fixture(scope="module")
+def checked() -> Iterator[list[Future[None]]]:
+    """What each of `CHECKS` comes to; they run side by side."""
+    # Processes: in threads, Python 3.11's parser trips over another thread that parses (a SystemError about the
+    # "recursion depth" of the AST), and a kernel is parsed when it is compiled.
+    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+    yield [pool.submit(check, *args) for check, args in CHECKS]
+    pool.shutdown(cancel_futures=True)
+
+
+def name_of(check: Callable[..., None], capability: tuple[int, int], dtype: torch.dtype | None = None) -> str:
+    name = f"{check.__name__.removeprefix('check_')}-sm_{capability[0]}{capability[1]}"
+    return name if dtype is None else f"{name}-{ELEMENT[dtype]}"
+
+
+@pytest.mark.parametrize("index", range(len(CHECKS)), ids=[name_of(check, *args) for check, args in CHECKS])
+def test_kernels_fit_the_device(index: int, checked: list[Future[None]]) -> None:
+    checked[index].result()

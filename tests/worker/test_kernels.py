@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,24 @@ from worker.kernels.qk_norm_rope import qk_norm_rope_cache_reference
 from worker.kernels.rms_norm import rms_norm_reference
 
 
-@pytest.mark.parametrize("file", ["test_kernels_interpreted.py", "test_attention_interpreted.py"])
-def test_in_triton_interpreter(file: str) -> None:
-    """Triton reads TRITON_INTERPRET once, at import, so the interpreter gets a process of its own."""
+def test_in_triton_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET once, at import, so the interpreter gets processes of its own, one a core."""
     pytest.importorskip("triton")
     here = Path(__file__).parent
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(here / file)],
-        cwd=here.parents[1], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    with ExitStack() as stack:
+        runs = []
+        for file in ("test_kernels_interpreted.py", "test_attention_interpreted.py"):
+            run = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "-x", str(here / file)],
+                cwd=here.parents[1], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            stack.enter_context(run)
+            stack.callback(run.kill)
+            runs.append(run)
+        for run in runs:
+            output, _ = run.communicate()
+            assert run.returncode == 0, output[-7000:]
 
 
 def test_a_cpu_uses_the_references() -> None:
