@@ -202,16 +202,15 @@ def test_probabilities_of_a_whole_vocabulary_sum_to_one(ai: OpenAI, client: Clie
 
 def test_best_of_returns_those_of_the_highest_mean_logprob_and_counts_all(ai: OpenAI) -> None:
     prompts = [STORY, "The dog"]
-    options: dict[str, Any] = {"prompt": prompts, "temperature": 2, "seed": 5, "max_tokens": 12}
+    # A seed with six different answers to each prompt: of equal ones rounding would say which is better.
+    options: dict[str, Any] = {"prompt": prompts, "temperature": 2, "seed": 8, "max_tokens": 12}
     everything = complete(ai, n=6, logprobs=0, **options)
     expected = []
     for index in range(len(prompts)):
         of_prompt = everything.choices[6 * index : 6 * index + 6]
         means = [sum(each.logprobs.token_logprobs) / len(each.logprobs.tokens) for each in of_prompt]
         ranked = sorted(zip(means, of_prompt, strict=True), key=lambda each: -each[0])
-        # Two answers may be the same, and their means differ or not as rounding has it: then either is as good.
-        second, third = ranked[1], ranked[2]
-        assert second[0] > third[0] or second[1].text == third[1].text, "which two are best must be certain"
+        assert ranked[1][0] > ranked[2][0], "the worst may not be as good as the best"
         expected += [choice.text for _, choice in ranked[:2]]
     assert expected != [choice.text for start in (0, 6) for choice in everything.choices[start : start + 2]]
     best = complete(ai, n=2, best_of=6, **options)
