@@ -40,6 +40,10 @@ class CoreListener(Protocol):
 
     def on_step(self, step: StepOutputs) -> None: ...
 
+    def on_steps_taken(self) -> None:
+        """Steps that had come have been told, one or several; others of the loop get their turn now."""
+        ...
+
     def on_failed(self, failed: Failed) -> None: ...
 
     def on_core_lost(self) -> None: ...
@@ -70,7 +74,9 @@ class CoreLink:
         socket = open_socket(self._context, zmq.DEALER, max_message_bytes=UNLIMITED)
         socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._watch = DisconnectWatch(socket, self._lose)
-        self._channel = AsyncChannel(socket, CoreToFrontend, self._on_message)
+        self._channel = AsyncChannel(
+            socket, CoreToFrontend, self._on_message, on_turn_end=self._listener.on_steps_taken
+        )
         socket.connect(address)
         self._channel.send(CoreHello(PROTOCOL_VERSION))
 

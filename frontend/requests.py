@@ -33,7 +33,7 @@ _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
 
 
 class Sink(Protocol):
-    """Receives the outputs of one or more requests. Calls of one step are followed by one `flush`."""
+    """Receives the outputs of one or more requests. Calls of one step, or of several, are followed by one `flush`."""
 
     def add(self, request: RunningRequest, token_id: int, text: str) -> None:
         """A token of a streaming request, and the text that became final with it.
@@ -160,6 +160,9 @@ class RequestTable:
         self._metrics = metrics
         self._running: dict[int, RunningRequest] = {}
         self._core_ids = itertools.count(1)
+        # Sinks with outputs of steps that they have not been told to pass on, and those of them with first tokens.
+        self._touched: set[Sink] = set()
+        self._begun: set[Sink] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -284,7 +287,8 @@ class RequestTable:
         self._flush({request.sink for request in requests})
 
     def on_step(self, step: StepOutputs) -> None:
-        """Distributes what one step produced. A request has at most one token in a step."""
+        """Distributes what one step produced; `flush_steps` then passes it on. A request has at most one token in a
+        step."""
         running = self._running
         # The token that ended a request, an end-of-sequence or stop token, is not part of its text unless asked for.
         ended_by_token = {
@@ -294,8 +298,7 @@ class RequestTable:
             if measured.request_id in running:
                 running[measured.request_id].add_prompt_logprobs(measured.tokens)
         logprobs = dict(entry for table in step.logprobs for entry in unpack_logprobs(table))
-        touched: set[Sink] = set()
-        begun: set[Sink] = set()
+        touched, begun = self._touched, self._begun
         stopped: list[int] = []
         now = time.perf_counter()
         earlier_tokens: list[float] = []  # when each row's request had the token before this one
@@ -337,6 +340,15 @@ class RequestTable:
                 touched.add(request.sink)
         self._metrics.inter_token_latency.observe_since(now, earlier_tokens)
         self._abort_in_core(stopped)
+
+    def flush_steps(self) -> None:
+        """Has sinks pass on what the steps since the last time brought.
+
+        Where steps come faster than they can be passed on one by one, there are several, and a stream's tokens go
+        together.
+        """
+        touched, begun = self._touched, self._begun
+        self._touched, self._begun = set(), set()
         # First tokens go first. A response begins in a task of its own, which this wakes: the others, 10 µs and more
         # each, come after it.
         begun &= touched

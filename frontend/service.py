@@ -154,6 +154,10 @@ class Service:
         if self.state != "starting":
             self.requests.on_step(step)
 
+    def on_steps_taken(self) -> None:
+        if self.state != "starting":
+            self.requests.flush_steps()
+
     def on_failed(self, failed: Failed) -> None:
         if self.state != "starting":
             self.requests.on_failed(failed)

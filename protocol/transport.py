@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -150,12 +151,21 @@ class AsyncChannel(Channel):
     ZeroMQ's descriptor is edge-triggered and covers both directions, so it is drained after every send too.
     """
 
-    # Messages handled before other callbacks of the loop get a turn.
-    _BATCH = 64
+    # How long messages are handled before other callbacks of the loop get a turn. Where they come as fast as they are
+    # handled, whatever else the loop does, such as reading a new request, takes several turns.
+    _TURN_S = 0.0005
 
-    def __init__(self, socket: zmq.Socket, receives: Any, on_message: Callable[[bytes, Any], None]) -> None:
+    def __init__(
+        self,
+        socket: zmq.Socket,
+        receives: Any,
+        on_message: Callable[[bytes, Any], None],
+        on_turn_end: Callable[[], None] | None = None,
+    ) -> None:
+        """`on_turn_end` is called after messages that were handled in one turn."""
         super().__init__(socket, receives)
         self._on_message = on_message
+        self._on_turn_end = on_turn_end
         self._loop = asyncio.get_running_loop()
         self._drain_scheduled = False
         self._closed = False
@@ -175,18 +185,27 @@ class AsyncChannel(Channel):
 
     def _drain(self) -> None:
         self._drain_scheduled = False
-        for _ in range(self._BATCH):
-            if self._closed:
-                return
+        end = time.perf_counter() + self._TURN_S
+        num_handled = 0
+        while not self._closed:
+            if num_handled and time.perf_counter() > end:
+                self._schedule_drain()
+                break
             received = self.receive()
             if received is None:
-                return
-            try:
-                self._on_message(*received)
-            except Exception:
-                # A bug in a handler costs that message; it must not stop the receiver.
-                logger.exception("a message could not be handled")
-        self._schedule_drain()
+                break
+            num_handled += 1
+            self._call(self._on_message, *received)
+        if num_handled and self._on_turn_end is not None:
+            self._call(self._on_turn_end)
+
+    @staticmethod
+    def _call(handler: Callable[..., None], *args: Any) -> None:
+        try:
+            handler(*args)
+        except Exception:
+            # A bug in a handler costs that message; it must not stop the receiver.
+            logger.exception("a message could not be handled")
 
     def close(self) -> None:
         if not self._closed:

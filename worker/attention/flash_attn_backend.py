@@ -90,4 +90,6 @@ class FlashAttnAttention:
                 block_table=self._table[decode:rows],
             )
             parts.append(out.masked_fill_(self._padding[decode:], 0))
+        elif decode < query.shape[0]:
+            parts.append(torch.zeros_like(query[decode:]))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
