@@ -303,10 +303,10 @@ def decode_cases() -> Iterator[Case]:
         size = 2.0 * 2 * KV_HEADS * HEAD_DIM * sum(kv_lens) + 2.0 * 2 * HEADS * HEAD_DIM * rows
         flops = 4.0 * HEADS * HEAD_DIM * sum(kv_lens)
         counts, inputs = [1] * rows, count_inputs(size)
-        yield attention_case("decode", shape, size, flops, counts, kv_lens, rows, inputs)
-        if rows <= MOST_FUSED_ROWS:
-            calls = attention_calls("triton", counts, kv_lens, rows, inputs, fused=True)
-            yield Case("decode, fused", shape, size, flops, calls, [])
+        # The engine runs small steps fused, and so they are measured.
+        fused = rows <= MOST_FUSED_ROWS
+        kernel = "decode, fused" if fused else "decode"
+        yield attention_case(kernel, shape, size, flops, counts, kv_lens, rows, inputs, fused)
 
 
 def prefill_cases() -> Iterator[Case]:
@@ -327,11 +327,13 @@ def attention_case(
     kv_lens: list[int],
     decode: int,
     inputs: int,
+    fused: bool = False,
 ) -> Case:
     beside: Calls = []
     if importlib.util.find_spec("flash_attn"):
         beside = attention_calls("flash_attn", counts, kv_lens, decode, inputs)
-    return Case(kernel, shape, size, flops, attention_calls("triton", counts, kv_lens, decode, inputs), beside)
+    calls = attention_calls("triton", counts, kv_lens, decode, inputs, fused)
+    return Case(kernel, shape, size, flops, calls, beside)
 
 
 def measure(case: Case, bandwidth: float, rate: float) -> Result:

@@ -23,6 +23,7 @@ DECODE = {
     "boundaries": [15, 16, 17, 255, 256, 257, 4095, 4096, 4097],
     "64 x 400": [400] * 64,
     "one of 8000 and 63 of 100": [100] * 30 + [8000] + [100] * 33,
+    "64 x 1..1021": [1 + (row * 389) % 1021 for row in range(64)],
     "512 x 1..1021": [1 + (row * 389) % 1021 for row in range(512)],
     "padding": [100, 2000, 0, 0, 0],
 }
@@ -124,23 +125,29 @@ def test_prefill_of_whole_tiles(heads: int, kv_heads: int, block_size: int, dtyp
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize("lens", ["1 x 1", "1 x 8000", "boundaries", "padding"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fused_decode_does_what_two_kernels_do(lens: str, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(("block_size", "dtype"), [(16, torch.bfloat16), (64, torch.float16), (256, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "lens", ["1 x 1", "1 x 8000", "boundaries", "padding", "64 x 400", "one of 8000 and 63 of 100", "64 x 1..1021"]
+)
+@pytest.mark.parametrize("shape", [*SHAPES, (8, 8, 128)], ids=str)
+def test_fused_decode_does_what_two_kernels_do(
+    lens: str, shape: tuple[int, int, int], block_size: int, dtype: torch.dtype
+) -> None:
+    """Hopper has a kernel of its own for this; the two kernels are those of all devices."""
     heads, kv_heads, head_dim = shape
-    kv_lens, block_size = DECODE[lens], 16
+    kv_lens = DECODE[lens]
     rows = len(kv_lens)
     batch = random_batch([1] * rows, kv_lens, num_decode_rows=rows, num_heads=heads, num_kv_heads=kv_heads,
-                         head_dim=head_dim, dtype=torch.bfloat16, device="cuda")  # fmt: skip
+                         head_dim=head_dim, block_size=block_size, dtype=dtype, device="cuda")  # fmt: skip
     metadata = batch.metadata
     metadata.positions = (metadata.kv_lens - 1).clamp(min=0)
     blocks = metadata.block_table[metadata.row_slots.long(), metadata.positions.long() // block_size].long()
     offsets = torch.where(metadata.kv_lens > 0, metadata.positions, torch.arange(rows, device="cuda")) % block_size
     metadata.cache_slots = torch.where(metadata.kv_lens > 0, blocks, 0) * block_size + offsets
     angles = torch.randn(9000, head_dim // 2, device="cuda") * 6
-    weights = torch.rand(2, head_dim, device="cuda", dtype=torch.bfloat16) + 0.5
+    weights = torch.rand(2, head_dim, device="cuda", dtype=dtype) + 0.5
     transform = QueryKeyTransform(weights[0], weights[1], 1e-6, torch.cat((angles.cos(), angles.sin()), dim=-1))
-    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device="cuda", dtype=torch.bfloat16)
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device="cuda", dtype=dtype)
     backend = make("triton", batch)
     backend.prepare(metadata)
 
@@ -148,13 +155,16 @@ def test_fused_decode_does_what_two_kernels_do(lens: str, shape: tuple[int, int,
     fused = backend.attend(qkv.clone(), transform, *caches[0], metadata)
     query = write_keys_and_values(qkv.clone(), transform, *caches[1], metadata)
     in_two = backend.forward(query, *caches[1], metadata)
+    assert (fused.double() - in_two.double()).norm() <= 6e-3 * in_two.double().norm()
     torch.testing.assert_close(fused, in_two, atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(caches[0][:, 1:], caches[1][:, 1:], atol=2e-2, rtol=2e-2, equal_nan=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = backend.attend(qkv, transform, *caches[2], metadata)
-    graph.replay()
-    assert torch.equal(captured, fused)
+    for _ in range(5):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, fused)
 
 
 @pytest.mark.parametrize("step", PREFILL)

@@ -100,7 +100,8 @@ async def test_messages_that_come_as_fast_as_they_are_handled_leave_others_their
         assert max(together) <= 2
         # The end of a turn is told before the others' turn, and not for a turn without messages.
         told = [event for event in events if event != "other"]
-        assert told[0] == "message" and told[-1] == "end"
+        assert told[0] == "message"
+        assert told[-1] == "end"
         assert ("end", "end") not in itertools.pairwise(told)
     finally:
         channel.close()

@@ -24,6 +24,7 @@ from worker.kernels import (  # noqa: E402
     apply_changes,
     argmax_sample,
     attention_decode,
+    attention_decode_hopper,
     attention_prefill,
     attention_prefill_hopper,
     commit_step,
@@ -151,6 +152,25 @@ def attention_cases(
             name = f"prefill of whole tiles {dtype} {heads} {kv_heads} {block_size}"
             cases.append((name, attention_prefill_hopper._hopper_prefill_kernel, dtype, constants,
                           {"num_warps": hopper.num_warps, "descriptors": boxes}))  # fmt: skip
+    for dtype, heads, kv_heads, block_size, norm in (
+        (torch.bfloat16, 16, 8, 16, True),
+        (torch.bfloat16, 40, 8, 256, True),
+        (torch.float16, 32, 4, 32, False),
+        (torch.bfloat16, 8, 8, 64, True),
+    ):
+        for rows in (1, 64):
+            fused = decode_schedule.hopper_decode_config(capability, heads // kv_heads, 128, dtype.itemsize, rows)
+            if fused is not None:
+                constants = attention_decode_hopper.hopper_decode_constants(heads, kv_heads, block_size, fused)
+                constants |= {"NORM": norm}
+                if not norm:
+                    constants |= dict.fromkeys(("q_weight_ptr", "k_weight_ptr"))
+                box = [min(block_size, fused.tile), 64]
+                options = {"num_warps": fused.num_warps, "maxnreg": attention_decode_hopper.MAX_REGISTERS,
+                           "descriptors": {"key_desc": box, "value_desc": box}}  # fmt: skip
+                name = f"fused decode {dtype} {heads} {kv_heads} {block_size} {rows} rows"
+                kernel = attention_decode_hopper._hopper_decode_kernel
+                cases.append((name, kernel, dtype, constants, options))
     return cases
 
 
@@ -158,6 +178,9 @@ def check_attention_kernels(capability: tuple[int, int]) -> None:
     for name, kernel, dtype, constants, options in attention_cases(capability):
         used = shared_memory(kernel, capability, dtype, constants, **options)
         assert used <= SHARED_MEMORY[capability] * 1024, f"{name} uses {used} bytes"
+        if name.startswith("fused decode") and name.endswith("64 rows"):
+            # Two programs run on a multiprocessor, which keeps 1 KiB for each.
+            assert 2 * (used + 1024) <= 228 * 1024, f"{name} uses {used} bytes"
 
 
 def check_small_kernels(capability: tuple[int, int]) -> None:
@@ -215,7 +238,7 @@ def check_small_kernels(capability: tuple[int, int]) -> None:
     constants = {"BLOCK_SIZE": 16, "BLOCK": 128}
     assert shared_memory(step_metadata._step_metadata_kernel, capability, bf16, constants) <= limit
     config = decode_schedule.decode_config(capability, 128, 2, 512)
-    constants = {"TILE": config.tile, "MIN_CHUNK": config.min_chunk, "ROWS": 512, "ITEM": 8,
+    constants = {"TILE": config.tile, "MIN_CHUNK": config.min_chunk, "WHOLE_ROW": 512, "ROWS": 512, "ITEM": 8,
                  "BLOCK": 32}  # fmt: skip
     assert shared_memory(decode_schedule._schedule_kernel, capability, bf16, constants) <= limit
     prefill = prefill_schedule.prefill_config(capability, 128, 2, small=False)

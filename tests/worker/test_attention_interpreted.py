@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from worker.attention import QueryKeyTransform, create_backend
 from worker.attention.testing import PagedBatch, dense_attention, random_batch
-from worker.kernels import prefill_schedule
+from worker.kernels import decode_schedule, prefill_schedule
 from worker.kernels._triton import cdiv
 from worker.kernels.attention_decode import paged_decode_attention, paged_decode_attention_reference
 from worker.kernels.attention_prefill import paged_prefill_attention, paged_prefill_attention_reference
@@ -112,6 +112,43 @@ def test_decode_kernel_and_reference_agree_with_dense_attention(lens: str, shape
         reference,
     )
     assert_agrees(reference, batch)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 40])
+def test_items_for_the_kernel_of_hopper(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That kernel is tested on a GPU; how rows are cut for it is, here."""
+    monkeypatch.setattr(decode_schedule, "capability_and_processors", lambda device: ((9, 0), 132))
+    monkeypatch.setattr(decode_schedule, "HAS_GLUON", True)
+    workspace = DecodeWorkspace.create(
+        max_rows=64, num_heads=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
+    config, splits = workspace.plan(rows, fused=True)
+    assert config.for_hopper
+    assert not workspace.plan(rows)[0].for_hopper
+    kv_lens = torch.tensor([(0, 1, config.whole_row, config.whole_row + 1, 5000)[row % 5] for row in range(rows)][::-1])
+    slots = torch.arange(rows, dtype=torch.int32).flip(0)
+    schedule_decode(slots, kv_lens.int(), torch.tensor([rows], dtype=torch.int32), rows, workspace, fused=True)
+    count = int(workspace.num_items)
+    assert rows <= count <= rows + splits
+    items = workspace.items[:count].tolist()
+    sizes = [end - start for _, start, end, *_ in items]
+    # Longest first, as far as tiles tell.
+    tiles = [-(-size // config.tile) for size in sizes]
+    firsts = [tiles[item[4]] for item in items]
+    assert firsts == sorted(firsts, reverse=True)
+    for row in range(rows):
+        mine = [(index, item) for index, item in enumerate(items) if item[3] == row]
+        length = int(kv_lens[row])
+        assert all(item[0] == int(slots[row]) and item[4:7] == [mine[0][0], len(mine), length] for _, item in mine)
+        bounds = [bound for _, item in mine for bound in item[1:3]]
+        assert bounds[0] == 0
+        assert bounds[-1] == length
+        assert bounds[1:-1:2] == bounds[2::2]
+        assert all(start % config.tile == 0 for start in bounds[::2])
+        if length <= config.whole_row:
+            assert len(mine) == 1
+        elif length == 5000:
+            assert len(mine) > 1
 
 
 @pytest.mark.parametrize("norm", [True, False])

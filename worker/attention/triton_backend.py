@@ -20,6 +20,11 @@ from worker.kernels.qk_norm_rope import QueryKeyTransform
 MOST_FUSED_ROWS = 64
 
 
+def _is_fused(metadata: AttentionMetadata) -> bool:
+    """Whether attention makes queries, keys and values of the product itself: in small steps of decodes alone."""
+    return metadata.num_decode_rows == metadata.positions.shape[0] <= MOST_FUSED_ROWS
+
+
 class TritonAttention:
     """Attention on the paged cache, safe to capture in a CUDA graph."""
 
@@ -65,7 +70,7 @@ class TritonAttention:
         if metadata.num_decode_rows != 0:
             schedule_decode(
                 metadata.row_slots, metadata.kv_lens, metadata.decode_rows, self._most_decode_rows(metadata),
-                self._decode,
+                self._decode, _is_fused(metadata),
             )  # fmt: skip
         if metadata.num_decode_rows != tokens:
             schedule_prefill(
@@ -88,7 +93,7 @@ class TritonAttention:
     ) -> torch.Tensor:
         """See `AttentionBackend.attend`. Small decode steps are one kernel, which has registers to spare there."""
         tokens = qkv.shape[0]
-        if metadata.num_decode_rows == tokens <= MOST_FUSED_ROWS:
+        if _is_fused(metadata):
             heads = qkv.view(tokens, -1, self._head_dim)
             num_heads = heads.shape[1] - 2 * key_cache.shape[2]
             out = torch.empty((tokens, num_heads, self._head_dim), dtype=qkv.dtype, device=qkv.device)

@@ -11,7 +11,7 @@ from typing import Any
 
 from worker.kernels._triton import MissingTriton, triton
 
-__all__ = ["HAS_GLUON", "TensorDescriptor", "gl", "gluon", "hopper", "load_box", "view_as"]
+__all__ = ["HAS_GLUON", "TensorDescriptor", "barrier", "gl", "gluon", "hopper", "load_box", "view_as"]
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,7 @@ gl: Any = None
 hopper: Any = None
 TensorDescriptor: Any = None
 load_box: Any = None
+barrier: Any = None
 _RENAMED: Any = None
 
 # Before 3.6, `warp_specialize` took other arguments.
@@ -33,6 +34,8 @@ if tuple(map(int, getattr(triton, "__version__", "0.0").split(".")[:2])) >= (3, 
 
         # Starts to copy a box of a described tensor to shared memory; a barrier counts its bytes.
         load_box = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
+        # Of the threads of a partition.
+        barrier = getattr(gl, "barrier", None) or gl.thread_barrier
         _RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
         HAS_GLUON = True
     except (ImportError, AttributeError) as error:

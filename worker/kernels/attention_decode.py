@@ -20,6 +20,7 @@ from worker.kernels._triton import (
     tl,
     triton,
 )
+from worker.kernels.attention_decode_hopper import hopper_decode_attention
 from worker.kernels.decode_schedule import FEW_ROWS, ITEM_FIELDS, DecodeConfig, DecodeWorkspace
 from worker.kernels.qk_norm_rope import QueryKeyTransform
 
@@ -300,8 +301,10 @@ def paged_decode_attention(
     """
     rows, num_heads, head_dim = out.shape
     block_size, num_kv_heads = key_cache.shape[1:3]
-    config, splits = workspace.plan(rows)
     fused = transform is not None
+    config, splits = workspace.plan(rows, fused)
+    if transform is not None and config.for_hopper:
+        return hopper_decode_attention(query, key_cache, value_cache, block_table, workspace, scale, out, transform)
     heads = transform or _NO_TRANSFORM
     _decode_kernel[(num_kv_heads, rows + splits)](
         query,

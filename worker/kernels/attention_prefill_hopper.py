@@ -16,17 +16,12 @@ import math
 import torch
 
 from worker.kernels._gluon import TensorDescriptor, gl, gluon, hopper, load_box, view_as
+from worker.kernels._paged_tiles import bring_tile, clear_past_end, ring_place, tile_blocks
 from worker.kernels._triton import dependent_launch, gdc_launch_dependents, gdc_wait
 from worker.kernels.prefill_schedule import TILE_FIELDS, PrefillConfig, PrefillWorkspace
 
 # Registers a thread of the consumers; the producer's warpgroup gets what is left of an SM's.
 _REGISTERS = 232
-
-
-@gluon.jit
-def _place(i, STAGES: gl.constexpr):
-    """Where the `i`th entry of a ring lies, and the parity of the barrier that says it has come."""
-    return i % STAGES, i // STAGES & 1
 
 
 @gluon.jit
@@ -50,11 +45,8 @@ def _produce(
     TILE_FIELDS: gl.constexpr,
 ):
     """The producer warp: takes tickets, and brings their queries, keys and values, the last keys first."""
-    BOX: gl.constexpr = min(BLOCK_SIZE, TILE)  # cached tokens of a copy: they lie one after another in their block
-    BOXES: gl.constexpr = TILE // BOX
     TOKENS: gl.constexpr = query_desc.block_shape[0]
     QUERY_BOX: gl.constexpr = query_desc.layout
-    CACHE_BOX: gl.constexpr = key_desc.layout
     query_smem, tile_smem, query_full, query_empty = queries
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tickets = gl.load(plan_ptr + 1) * NUM_KV_HEADS
@@ -68,7 +60,7 @@ def _produce(
         first = gl.load(tile_ptr + 3)
         seen = gl.load(tile_ptr + 6)
         table_ptr = block_table_ptr + slot.to(gl.int64) * table_stride
-        place, parity = _place(tile, 2)
+        place, parity = ring_place(tile, 2)
         hopper.mbarrier.wait(query_empty.index(place), parity ^ 1)
         tile_smem.index(5 * place).store(gl.full([1], kv_head, gl.int32, one))
         tile_smem.index(5 * place + 1).store(gl.full([1], first, gl.int32, one))
@@ -84,29 +76,14 @@ def _produce(
         count = gl.maximum((seen + TILE - 1) // TILE, 1)
         for j in range(count):
             start = (count - 1 - j) * TILE
-            blocks = ()
-            for box in gl.static_range(BOXES):
-                position = gl.minimum(start + box * BOX, gl.maximum(seen - 1, 0))
-                blocks = blocks + (gl.load(table_ptr + position // BLOCK_SIZE),)  # type: ignore[assignment]  # noqa: RUF005
-            place, parity = _place(i, STAGES)
-            for kind in gl.static_range(2):
-                desc = key_desc if kind == 0 else value_desc
-                smem, full, empty = keys if kind == 0 else values
-                hopper.mbarrier.wait(empty.index(place), parity ^ 1)
-                hopper.mbarrier.expect(full.index(place), 2 * BOXES * desc.block_type.nbytes)
-                boxes = view_as(smem.index(place), [2 * BOXES, BOX, 64], CACHE_BOX)
-                for box in gl.static_range(BOXES):
-                    position = start + box * BOX
-                    cache_slot = blocks[box] * BLOCK_SIZE + position % BLOCK_SIZE
-                    # Of blocks past the row's end nothing is read: the copy of a slot that is not there brings zeros.
-                    cache_slot = gl.where(position < seen, cache_slot, num_slots)
-                    for half in gl.static_range(2):
-                        dim = kv_head * 128 + half * 64
-                        load_box(desc, [cache_slot, dim], full.index(place), boxes.index(half * BOXES + box))
+            blocks = tile_blocks(table_ptr, start, seen, BLOCK_SIZE, TILE)
+            bring_tile(
+                key_desc, value_desc, keys, values, i, blocks, start, seen, kv_head, num_slots, BLOCK_SIZE, TILE, STAGES
+            )
             i += 1
         tile += 1
         ticket = gl.num_programs(0) + gl.atomic_add(plan_ptr + 2, 1, sem="relaxed", scope="gpu")
-    place, parity = _place(tile, 2)
+    place, parity = ring_place(tile, 2)
     hopper.mbarrier.wait(query_empty.index(place), parity ^ 1)
     tile_smem.index(5 * place).store(gl.full([1], -1, gl.int32, one))
     hopper.mbarrier.arrive(query_full.index(place), count=1)
@@ -173,8 +150,8 @@ def _fold(
     """Folds the `i`th tile of keys, and the values of the one before, into the running softmax."""
     key_smem, key_full, key_empty = keys
     value_smem, value_full, value_empty = values
-    place, parity = _place(i, STAGES)
-    value_place, value_parity = _place(i - 1, STAGES)
+    place, parity = ring_place(i, STAGES)
+    value_place, value_parity = ring_place(i - 1, STAGES)
     hopper.mbarrier.wait(key_full.index(place), parity)
     hopper.mbarrier.wait(turns.index(HALF), turn & 1)
     score = gl.zeros([last.shape[0], position.shape[0]], gl.float32, SCORE)
@@ -212,8 +189,6 @@ def _consume(
     STAGES: gl.constexpr,
 ):
     """A consumer warpgroup: attends half of each tile's rows, as the producer brings them."""
-    BOX: gl.constexpr = min(BLOCK_SIZE, TILE)
-    BOXES: gl.constexpr = TILE // BOX
     query_smem, tile_smem, query_full, query_empty = queries
     key_smem, key_full, key_empty = keys
     value_smem, value_full, value_empty = values
@@ -222,7 +197,6 @@ def _consume(
     SCORE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     WEIGHT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    BOX_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, SCORE)) + HALF * ROWS
     offset = gl.arange(0, TILE, gl.SliceLayout(0, SCORE))
     tile = 0
@@ -244,7 +218,7 @@ def _consume(
         # Tiles of cached tokens that every query sees need no mask. The last one always gets it.
         unmasked = gl.minimum(gl.maximum(first + shift + 1, 0) // TILE, count - 1)
 
-        place, parity = _place(i, STAGES)
+        place, parity = ring_place(i, STAGES)
         start = (count - 1) * TILE
         hopper.mbarrier.wait(key_full.index(place), parity)
         score = gl.zeros([ROWS, TILE], gl.float32, SCORE)
@@ -259,17 +233,10 @@ def _consume(
         weight, maximum, total, _ = _weigh(score, maximum, total, scale_log2)
         weight = gl.convert_layout(weight.to(DTYPE), WEIGHT)
         acc = gl.zeros([ROWS, 128], gl.float32, ACC)
-        if seen % BOX != 0:
-            # What lies past the row's end in its last block may be another request's NaN, which no weight of 0 hides.
-            # Both groups write the same. The fence, and the barriers that Gluon puts before a product and before an
-            # arrival, order it before the products and before later copies.
+        if seen % BLOCK_SIZE != 0:
+            # Both groups write the same.
             hopper.mbarrier.wait(value_full.index(place), parity)
-            boxes = view_as(value_smem.index(place), [2 * BOXES, BOX, 64], MATRIX)
-            in_box = gl.expand_dims(gl.arange(0, BOX, gl.SliceLayout(1, BOX_LAYOUT)), 1) < seen % BOX
-            for half in gl.static_range(2):
-                box = boxes.index(half * BOXES + (seen - start) // BOX)
-                box.store(gl.where(in_box, box.load(BOX_LAYOUT), 0.0))
-            hopper.fence_async_shared()
+            clear_past_end(value_smem, place, start, seen, BLOCK_SIZE, TILE)
         for _ in range(count - 1 - unmasked):
             i += 1
             start -= TILE
@@ -286,7 +253,7 @@ def _consume(
             )  # fmt: skip
             turn += 1
         hopper.mbarrier.arrive(query_empty.index(query_place), count=1)
-        place, parity = _place(i, STAGES)
+        place, parity = ring_place(i, STAGES)
         hopper.mbarrier.wait(value_full.index(place), parity)
         acc = hopper.warpgroup_mma(weight, value_smem.index(place), acc, is_async=True)
         acc = hopper.warpgroup_mma_wait(0, [acc])
@@ -305,7 +272,7 @@ def _consume(
             mask=gl.expand_dims(token < stop, 1),
         )
         tile += 1
-        query_place, query_parity = _place(tile, 2)
+        query_place, query_parity = ring_place(tile, 2)
         hopper.mbarrier.wait(query_full.index(query_place), query_parity)
         kv_head = _field(tile_smem, 5 * query_place)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from worker.kernels._gluon import HAS_GLUON
 from worker.kernels._triton import LARGE_SHARED_MEMORY, capability_and_processors, next_power_of_2, tl, triton
 
 # int32 fields of a work item (32 bytes, one sector): slot, start, end, row; the row's first item, items, length.
@@ -18,16 +19,19 @@ ITEM_FIELDS = 8
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
-    """How the decode kernel is compiled for one device."""
+    """How decode attention is compiled for one device."""
 
     tile: int  # cached tokens a loop iteration
     num_warps: int
     num_stages: int
     programs_per_sm: int  # programs that fit an SM together, which the split aims to fill
-    min_chunk: int  # cached tokens below which a row is not split: a second program costs more than it saves
+    min_chunk: int  # cached tokens of the smallest item of a row that is split
+    whole_row: int = 0  # cached tokens up to which a row is not split at all
+    for_hopper: bool = False  # the kernel of attention_decode_hopper.py instead of attention_decode.py's
 
 
 FEW_ROWS = 8
+_FEW_ROWS_ON_HOPPER = 16
 
 
 def decode_config(capability: tuple[int, int], head_dim: int, element_size: int, rows: int) -> DecodeConfig:
@@ -50,13 +54,35 @@ def decode_config(capability: tuple[int, int], head_dim: int, element_size: int,
     )
 
 
+def hopper_decode_config(
+    capability: tuple[int, int], group: int, head_dim: int, element_size: int, rows: int
+) -> DecodeConfig | None:
+    """The configuration of the kernel for Hopper, or None where it cannot run.
+
+    Few rows get all of an SM's shared memory for a program, so that all that it reads is under way at once; and to
+    combine a split row takes longer than a program alone takes for some hundred tokens. Many have two programs an SM,
+    one of which attends while the other begins or ends an item.
+    """
+    if not HAS_GLUON or capability != (9, 0) or (head_dim, element_size) != (128, 2) or group > 8:
+        return None
+    if rows <= _FEW_ROWS_ON_HOPPER:
+        return DecodeConfig(
+            tile=128, num_warps=4, num_stages=3, programs_per_sm=1, min_chunk=128,
+            whole_row=384 if rows <= 2 else 512, for_hopper=True,
+        )  # fmt: skip
+    return DecodeConfig(tile=64, num_warps=4, num_stages=3, programs_per_sm=2, min_chunk=128, for_hopper=True)
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeWorkspace:
     """Device memory that scheduling and splitting need; one serves all layers, which run one after another."""
 
-    few: DecodeConfig  # for steps of at most FEW_ROWS rows
-    many: DecodeConfig
-    work_units: float  # processors over key/value heads: programs of one head that run side by side, one an SM
+    capability: tuple[int, int]
+    processors: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    element_size: int
     max_rows: int
     items: torch.Tensor  # [max_rows + most splits, _ITEM] int32
     num_items: torch.Tensor  # [1] int32
@@ -64,11 +90,16 @@ class DecodeWorkspace:
     partial_out: torch.Tensor  # [max_rows + most splits, num_heads, head_dim] fp32
     partial_lse: torch.Tensor  # [max_rows + most splits, num_heads] fp32, log2 of the sum of exponentials
 
-    def plan(self, rows: int) -> tuple[DecodeConfig, int]:
+    def plan(self, rows: int, fused: bool = False) -> tuple[DecodeConfig, int]:
         """The configuration for a step of `rows` decode rows, and how many splits make one wave: the step has at most
-        rows + splits work items."""
-        config = self.few if rows <= FEW_ROWS else self.many
-        return config, max(1, int(self.work_units * config.programs_per_sm))
+        rows + splits work items. `fused`: attention also makes queries, keys and values of the product."""
+        config = None
+        if fused:
+            group = self.num_heads // self.num_kv_heads
+            config = hopper_decode_config(self.capability, group, self.head_dim, self.element_size, rows)
+        if config is None:
+            config = decode_config(self.capability, self.head_dim, self.element_size, rows)
+        return config, _splits(self.processors, self.num_kv_heads, config)
 
     @staticmethod
     def create(
@@ -82,13 +113,17 @@ class DecodeWorkspace:
     ) -> DecodeWorkspace:
         """Allocates the workspace for steps of at most `max_rows` decode rows."""
         capability, processors = capability_and_processors(device)
-        few, many = (decode_config(capability, head_dim, dtype.itemsize, rows) for rows in (1, FEW_ROWS + 1))
-        units = processors / num_kv_heads
-        most_items = max_rows + max(1, int(units * max(few.programs_per_sm, many.programs_per_sm)))
+        shape = capability, head_dim, dtype.itemsize
+        # The kernel for Hopper has fewer programs on an SM.
+        configs = [decode_config(*shape, rows) for rows in (1, FEW_ROWS + 1)]
+        most_items = max_rows + max(_splits(processors, num_kv_heads, config) for config in configs)
         return DecodeWorkspace(
-            few=few,
-            many=many,
-            work_units=units,
+            capability=capability,
+            processors=processors,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            element_size=dtype.itemsize,
             max_rows=max_rows,
             items=torch.zeros((most_items, ITEM_FIELDS), dtype=torch.int32, device=device),
             num_items=torch.zeros(1, dtype=torch.int32, device=device),
@@ -98,13 +133,18 @@ class DecodeWorkspace:
         )
 
 
+def _splits(processors: int, num_kv_heads: int, config: DecodeConfig) -> int:
+    """Programs of one head that run side by side."""
+    return max(1, int(processors / num_kv_heads * config.programs_per_sm))
+
+
 @triton.jit
-def _cut_rows(lens, in_rows, chunk, TILE: tl.constexpr):
-    """Items of each row, and their size, if no item is larger than `chunk`.
+def _cut_rows(lens, in_rows, chunk, TILE: tl.constexpr, WHOLE_ROW: tl.constexpr):
+    """Items of each row, and their size, if no item is larger than `chunk`, or than WHOLE_ROW, which is not split.
 
     A row's items are made equal; a row without tokens keeps one item, which writes its zeros.
     """
-    count = tl.maximum((lens + chunk - 1) // chunk, 1)
+    count = tl.where(lens <= WHOLE_ROW, 1, tl.maximum((lens + chunk - 1) // chunk, 1))
     share = ((lens + count - 1) // count + TILE - 1) // TILE * TILE
     return tl.where(in_rows, tl.maximum((lens + share - 1) // tl.maximum(share, 1), 1), 0), share
 
@@ -122,6 +162,7 @@ def _schedule_kernel(
     splits,
     TILE: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     ITEM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -140,14 +181,14 @@ def _schedule_kernel(
     best = 2147483647
     for quarters in tl.static_range(4, 9):
         larger = tl.maximum((even * quarters // 4 + TILE - 1) // TILE * TILE, MIN_CHUNK)
-        count, share = _cut_rows(lens, in_rows, larger, TILE)
+        count, share = _cut_rows(lens, in_rows, larger, TILE, WHOLE_ROW)
         largest = tl.max(tl.where(lens > 0, share, 0), axis=0)
         # Items of about the largest size run in whole waves; smaller ones fill the gaps.
         waves = (tl.sum(tl.where(2 * share > largest, count, 0), axis=0) + splits - 1) // splits
         end = tl.maximum(largest * waves, even)
         chunk = tl.where(end < best, larger, chunk)
         best = tl.minimum(best, end)
-    count, share = _cut_rows(lens, in_rows, chunk, TILE)
+    count, share = _cut_rows(lens, in_rows, chunk, TILE, WHOLE_ROW)
     mine = offsets == row
     items = tl.sum(tl.where(mine, count, 0), axis=0)
     length = tl.sum(tl.where(mine, lens, 0), axis=0)
@@ -178,6 +219,7 @@ def schedule_decode(
     decode_rows: torch.Tensor,
     most_rows: int,
     workspace: DecodeWorkspace,
+    fused: bool = False,
 ) -> None:
     """Cuts the decode rows into work items, once a step, for every layer's `paged_decode_attention`.
 
@@ -189,8 +231,9 @@ def schedule_decode(
         decode_rows: [1] int32, how many of the rows, the first ones, are decode rows.
         most_rows: the host's bound of that, at most `workspace.max_rows`.
         workspace: written.
+        fused: attention will be given a transform.
     """
-    config, splits = workspace.plan(most_rows)
+    config, splits = workspace.plan(most_rows, fused)
     assert most_rows <= workspace.max_rows
     _schedule_kernel[(most_rows,)](
         row_slots,
@@ -201,6 +244,7 @@ def schedule_decode(
         splits,
         TILE=config.tile,
         MIN_CHUNK=config.min_chunk,
+        WHOLE_ROW=config.whole_row,
         ROWS=next_power_of_2(workspace.max_rows),
         ITEM=ITEM_FIELDS,
         BLOCK=32,
