@@ -1,6 +1,6 @@
 """Gathers what the requests behind one HTTP response produce, and wakes the coroutine that waits for it.
 
-A stream can have its outputs passed on as each step brings them, without waking anybody. A response that cannot be
+A stream can have its outputs passed on as steps bring them, without waking anybody. A response that cannot be
 written as fast as tokens come finds several of them in one take.
 """
 

@@ -78,7 +78,7 @@ class EngineConnection:
         self._welcome: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         socket = open_socket(zmq.Context.instance(), zmq.DEALER)
         socket.setsockopt(zmq.RECONNECT_IVL, 10)
-        self._watch = DisconnectWatch(socket, lambda: self._lose("the engine has closed the connection"))
+        self._watch = DisconnectWatch(socket, self._on_disconnect)
         self._channel = AsyncChannel(socket, FrontendMessage, self._on_message)
         socket.connect(self.address)
         self._channel.send(Hello(PROTOCOL_VERSION, HEARTBEAT_S))
@@ -118,6 +118,12 @@ class EngineConnection:
             elif self._channel is not None and time.monotonic() - last_beat > HEARTBEAT_S / 2:
                 last_beat = time.monotonic()
                 self._channel.send(Heartbeat())
+
+    def _on_disconnect(self) -> None:
+        # What came before the end counts, however much of it still waits.
+        if self._channel is not None and not self._channel.socket.closed:
+            self._channel.take_all()
+        self._lose("the engine has closed the connection")
 
     def _lose(self, reason: str) -> None:
         """Ends everything that waits: nothing more will come."""
@@ -176,7 +182,7 @@ class EngineConnection:
             self._lose(f"the engine sent a message that cannot be understood: {message}")
 
     def _on_outputs(self, outputs: Outputs) -> None:
-        """A step's tokens of all requests of this client, in one message."""
+        """A step's tokens, or those of several, of all requests of this client, in one message."""
         now = time.perf_counter()
         requests = self._requests
         touched: dict[int, ClientRequest] = {}

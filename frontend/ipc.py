@@ -62,7 +62,7 @@ _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 
 
 class ClientConnection:
-    """A client that has said hello, its requests, and its share of the current step."""
+    """A client that has said hello, its requests, and its share of the steps that are being passed on."""
 
     def __init__(self, server: IpcServer, identity: bytes, heartbeat_s: float, now: float) -> None:
         self.identity = identity

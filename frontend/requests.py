@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
 import time
 from collections.abc import Iterable
@@ -27,6 +28,8 @@ from protocol.errors import EngineUnavailableError, InvalidRequestError
 from protocol.logprobs import TokenLogprob, TokenLogprobs, unpack_logprobs
 from protocol.messages import AbortRequests, AddRequest, Failed, Finished, StepOutputs, pack_ints, unpack_ints
 from protocol.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 MAX_CACHE_SALT_CHARS = 1024
 _INT32_MIN, _INT32_MAX = -(2**31), 2**31 - 1
@@ -412,4 +415,8 @@ class RequestTable:
     @staticmethod
     def _flush(sinks: Iterable[Sink]) -> None:
         for sink in sinks:
-            sink.flush()
+            try:
+                sink.flush()
+            except Exception:
+                # A bug in one costs its outputs, and not those of the others.
+                logger.exception("outputs could not be passed on")

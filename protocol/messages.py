@@ -183,8 +183,9 @@ class Finished(Struct, array_like=True, frozen=True):
 
 
 class Outputs(HotMessage, frozen=True):
-    """A step's share of one client: token `i` belongs to request `request_ids[i]`, in order of generation.
+    """One client's share of a step, or of several that came together.
 
+    Token `i` belongs to request `request_ids[i]`; a request's are in order of generation.
     `texts` holds the text that became final for requests that want text; `finished` the requests that ended.
     `logprobs` are of those of the tokens whose requests want them; their rows are indices into `token_ids`.
     `prompt_logprobs` come with a request's first token, or with its end.

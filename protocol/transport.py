@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -153,7 +154,7 @@ class AsyncChannel(Channel):
 
     # How long messages are handled before other callbacks of the loop get a turn. Where they come as fast as they are
     # handled, whatever else the loop does, such as reading a new request, takes several turns.
-    _TURN_S = 0.0005
+    TURN_S = 0.0005
 
     def __init__(
         self,
@@ -162,15 +163,17 @@ class AsyncChannel(Channel):
         on_message: Callable[[bytes, Any], None],
         on_turn_end: Callable[[], None] | None = None,
     ) -> None:
-        """`on_turn_end` is called after messages that were handled in one turn."""
+        """`on_turn_end` is called after messages that were handled in one turn. A turn takes as long as that last took,
+        at least, so that where messages outpace it, more of them share it."""
         super().__init__(socket, receives)
         self._on_message = on_message
         self._on_turn_end = on_turn_end
+        self._turn_s = self.TURN_S
         self._loop = asyncio.get_running_loop()
         self._drain_scheduled = False
         self._closed = False
         self._fd = int(socket.getsockopt(zmq.FD))
-        self._loop.add_reader(self._fd, self._drain)
+        self._loop.add_reader(self._fd, self._on_readable)
         self._schedule_drain()
 
     def send_frame(self, frame: bytes, identity: bytes = b"") -> bool:
@@ -183,29 +186,48 @@ class AsyncChannel(Channel):
             self._drain_scheduled = True
             self._loop.call_soon(self._drain)
 
+    def _on_readable(self) -> None:
+        # One drain at a time: each that runs out of time asks for another.
+        if not self._drain_scheduled:
+            self._drain()
+
     def _drain(self) -> None:
         self._drain_scheduled = False
-        end = time.perf_counter() + self._TURN_S
-        num_handled = 0
-        while not self._closed:
-            if num_handled and time.perf_counter() > end:
-                self._schedule_drain()
-                break
-            received = self.receive()
-            if received is None:
-                break
-            num_handled += 1
-            self._call(self._on_message, *received)
-        if num_handled and self._on_turn_end is not None:
-            self._call(self._on_turn_end)
+        if self._take_messages(self._turn_s):
+            self._schedule_drain()
 
-    @staticmethod
-    def _call(handler: Callable[..., None], *args: Any) -> None:
+    def take_all(self) -> None:
+        """Handles every message that has arrived, without leaving a turn to others."""
+        self._take_messages(math.inf)
+
+    def _take_messages(self, seconds: float) -> bool:
+        """Handles messages that have arrived, at least one, for so long. Returns whether there may be more."""
+        end = time.perf_counter() + seconds
+        num_handled, is_over = 0, False
         try:
-            handler(*args)
+            while not (self._closed or is_over):
+                received = self.receive()
+                if received is None:
+                    break
+                num_handled += 1
+                try:
+                    self._on_message(*received)
+                except Exception:
+                    # A bug in a handler costs that message; it must not stop the receiver.
+                    logger.exception("a message could not be handled")
+                is_over = time.perf_counter() > end
+        finally:
+            if num_handled and self._on_turn_end is not None:
+                self._end_turn(self._on_turn_end)
+        return is_over
+
+    def _end_turn(self, on_turn_end: Callable[[], None]) -> None:
+        began = time.perf_counter()
+        try:
+            on_turn_end()
         except Exception:
-            # A bug in a handler costs that message; it must not stop the receiver.
-            logger.exception("a message could not be handled")
+            logger.exception("what messages brought could not be passed on")
+        self._turn_s = max(self.TURN_S, time.perf_counter() - began)
 
     def close(self) -> None:
         if not self._closed:

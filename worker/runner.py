@@ -316,7 +316,7 @@ class StepRunner:
     def run_small_steps(self) -> None:
         """Runs steps of a few tokens on null slots, so that what they use beside the largest steps and the graphs is
         compiled and initialised now, and not when the first request comes."""
-        for decode, prefill in ((1, 0), (2, 0), (9, 0), (65, 0), (0, 16), (1, 16)):
+        for decode, prefill in ((1, 0), (2, 0), (9, 0), (17, 0), (65, 0), (0, 16), (1, 16)):
             prefill = min(prefill, self._max_tokens - decode)
             rows, tokens = decode + (prefill > 0), decode + prefill
             if rows > self.state.num_slots or not tokens:

@@ -125,15 +125,23 @@ def test_prefill_of_whole_tiles(heads: int, kv_heads: int, block_size: int, dtyp
     ))  # fmt: skip
 
 
-@pytest.mark.parametrize(("block_size", "dtype"), [(16, torch.bfloat16), (64, torch.float16), (256, torch.bfloat16)])
 @pytest.mark.parametrize(
     "lens", ["1 x 1", "1 x 8000", "boundaries", "padding", "64 x 400", "one of 8000 and 63 of 100", "64 x 1..1021"]
 )
-@pytest.mark.parametrize("shape", [*SHAPES, (8, 8, 128)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "block_size", "dtype"),
+    [
+        *((shape, 16, torch.bfloat16) for shape in [*SHAPES, (8, 8, 128)]),
+        ((16, 8, 128), 256, torch.bfloat16),
+        ((40, 8, 128), 512, torch.bfloat16),
+        ((32, 4, 128), 64, torch.float16),
+    ],
+    ids=str,
+)
 def test_fused_decode_does_what_two_kernels_do(
-    lens: str, shape: tuple[int, int, int], block_size: int, dtype: torch.dtype
+    shape: tuple[int, int, int], block_size: int, dtype: torch.dtype, lens: str
 ) -> None:
-    """Hopper has a kernel of its own for this; the two kernels are those of all devices."""
+    """Hopper has a kernel of its own for this; the two kernels are those of all devices. In fp16 without norms."""
     heads, kv_heads, head_dim = shape
     kv_lens = DECODE[lens]
     rows = len(kv_lens)
@@ -146,7 +154,8 @@ def test_fused_decode_does_what_two_kernels_do(
     metadata.cache_slots = torch.where(metadata.kv_lens > 0, blocks, 0) * block_size + offsets
     angles = torch.randn(9000, head_dim // 2, device="cuda") * 6
     weights = torch.rand(2, head_dim, device="cuda", dtype=dtype) + 0.5
-    transform = QueryKeyTransform(weights[0], weights[1], 1e-6, torch.cat((angles.cos(), angles.sin()), dim=-1))
+    gains = (weights[0], weights[1]) if dtype == torch.bfloat16 else (None, None)
+    transform = QueryKeyTransform(*gains, 1e-6, torch.cat((angles.cos(), angles.sin()), dim=-1))
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device="cuda", dtype=dtype)
     backend = make("triton", batch)
     backend.prepare(metadata)

@@ -20,7 +20,8 @@ from worker.kernels._triton import dependent_launch, gdc_launch_dependents, gdc_
 from worker.kernels.decode_schedule import ITEM_FIELDS, DecodeConfig, DecodeWorkspace
 from worker.kernels.qk_norm_rope import QueryKeyTransform
 
-# Registers a thread: of the producer, and on average of the kernel, which leaves half of them to the kernel after it.
+# Registers a thread: of the producer, and on average of the kernel. A program takes half of a multiprocessor's, so that
+# another fits beside it, or one of the kernel after it.
 _PRODUCER_REGISTERS = 56
 MAX_REGISTERS = 128
 _COMBINE = 32  # partial results, times heads, that the combining program loads together
@@ -177,7 +178,9 @@ def _combine(
     SPLITS_AT_ONCE: gl.constexpr,
 ):
     """Combines the partial results of a row's items for the query heads of one key/value head."""
-    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [4, 1, 1], [2, 1, 0])
+    COMBINE_HEADS: gl.constexpr = 4 if GROUP_POW2 >= 4 else 1
+    # Where there are heads for all warps, none need be summed across warps, which takes shared memory.
+    PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [4 // COMBINE_HEADS, COMBINE_HEADS, 1], [2, 1, 0])
     LSE: gl.constexpr = gl.SliceLayout(2, PART)
     HEAD: gl.constexpr = gl.SliceLayout(0, LSE)
     splits = gl.arange(0, SPLITS_AT_ONCE, gl.SliceLayout(1, LSE))
@@ -471,8 +474,8 @@ def hopper_decode_attention(
 ) -> torch.Tensor:
     """What `paged_decode_attention` does with a `transform`, which calls it where `workspace` plans for it.
 
-    Moves 2 * Hkv * D elements a cached token, and needs 201 KiB of shared memory, so one program runs on each
-    multiprocessor.
+    Moves 2 * Hkv * D elements a cached token. Of up to 16 rows a program takes nearly all of a multiprocessor's shared
+    memory, of more nearly half.
 
     Args:
         qkv: [rows, Hq + 2 Hkv, D], D = 128, bf16 or fp16: the product as it came; the heads of a row are contiguous,

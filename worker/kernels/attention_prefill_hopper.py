@@ -233,7 +233,7 @@ def _consume(
         weight, maximum, total, _ = _weigh(score, maximum, total, scale_log2)
         weight = gl.convert_layout(weight.to(DTYPE), WEIGHT)
         acc = gl.zeros([ROWS, 128], gl.float32, ACC)
-        if seen % BLOCK_SIZE != 0:
+        if seen % min(BLOCK_SIZE, TILE) != 0:
             # Both groups write the same.
             hopper.mbarrier.wait(value_full.index(place), parity)
             clear_past_end(value_smem, place, start, seen, BLOCK_SIZE, TILE)

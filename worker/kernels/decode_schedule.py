@@ -84,7 +84,7 @@ class DecodeWorkspace:
     head_dim: int
     element_size: int
     max_rows: int
-    items: torch.Tensor  # [max_rows + most splits, _ITEM] int32
+    items: torch.Tensor  # [max_rows + most splits, ITEM_FIELDS] int32
     num_items: torch.Tensor  # [1] int32
     arrived: torch.Tensor  # [max_rows, num_kv_heads] int32, items done of a row; every launch leaves it zero
     partial_out: torch.Tensor  # [max_rows + most splits, num_heads, head_dim] fp32
@@ -114,9 +114,13 @@ class DecodeWorkspace:
         """Allocates the workspace for steps of at most `max_rows` decode rows."""
         capability, processors = capability_and_processors(device)
         shape = capability, head_dim, dtype.itemsize
-        # The kernel for Hopper has fewer programs on an SM.
         configs = [decode_config(*shape, rows) for rows in (1, FEW_ROWS + 1)]
+        # That of Hopper has fewer items, and portable attention can take them: its tiles are no larger.
+        hopper = [
+            hopper_decode_config(capability, num_heads // num_kv_heads, *shape[1:], rows) for rows in (1, max_rows)
+        ]
         most_items = max_rows + max(_splits(processors, num_kv_heads, config) for config in configs)
+        assert all(config is None or config.programs_per_sm <= configs[0].programs_per_sm for config in hopper)
         return DecodeWorkspace(
             capability=capability,
             processors=processors,
@@ -228,10 +232,10 @@ def schedule_decode(
     Args:
         row_slots: [>= most_rows] int32, slot of each row.
         kv_lens: [>= most_rows] int32, cached tokens of each row, the step's own included; 0 for padding.
-        decode_rows: [1] int32, how many of the rows, the first ones, are decode rows.
+        decode_rows: [1] int32, how many of the rows, the first ones, are decode rows; of a fused step at least one.
         most_rows: the host's bound of that, at most `workspace.max_rows`.
         workspace: written.
-        fused: attention will be given a transform.
+        fused: attention will be given a transform. Without one it may take a longer time then, and is right too.
     """
     config, splits = workspace.plan(most_rows, fused)
     assert most_rows <= workspace.max_rows
