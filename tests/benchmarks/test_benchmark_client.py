@@ -297,7 +297,7 @@ def _error(_: int) -> list[dict[str, Any]]:
         ({"dies_after_bytes": 200}, "the server closed the connection"),
         ({"dies_after_bytes": 0}, "the server closed the connection"),
     ],
-    ids=str,
+    ids=["missing", "400", "503", "no-usage", "error", "dies-in-the-answer", "dies-before-it"],
 )
 async def test_what_goes_wrong_over_http_fails_the_run(
     http_server: Served, capsys: pytest.CaptureFixture[str], fault: dict[str, Any], message: str

@@ -41,7 +41,8 @@ ONE_TWO = TokenPrompt(pack_ints([1, 2]))
         ([], []),
         ([[]], [TokenPrompt(b"")]),
     ],
-    ids=str,
+    # Not all of their text: a generator's has an address.
+    ids=lambda prompts: type(prompts).__name__,
 )
 def test_prompts_come_in_the_forms_that_vllm_takes(prompts: Any, expected: list[Any]) -> None:
     assert as_prompts(prompts) == expected

@@ -25,7 +25,8 @@ from worker.step_results import PendingTokens
 
 
 def make_config(model: Path | str, **options: Any) -> EngineConfig:
-    return resolve(make_options({"model": str(model), **options}), Path("/nonexistent"))
+    """One thread, unless `options` say otherwise: see tests/worker/conftest.py."""
+    return resolve(make_options({"model": str(model), "num_threads": 1, **options}), Path("/nonexistent"))
 
 
 class InProcessEngine:
