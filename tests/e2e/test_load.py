@@ -6,13 +6,17 @@ import asyncio
 import json
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
+import pytest
 
 from frontend import AsyncClient, Client, SamplingParams
-from tests.e2e.conftest import RunningEngine
+from tests.e2e.conftest import ROOT, RunningEngine
 from tests.frontend.conftest import wait_until
 
 ENDLESS = {"prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True}
@@ -44,6 +48,24 @@ def check_stream_that_nobody_reads(engine: RunningEngine, client: Client) -> Non
         wait_until(lambda: client.stats().aborted_requests == aborted + 16, 30)
         wait_until(lambda: is_idle(client), 5)
     engine.wait_for("does not read its stream")
+
+
+def test_a_request_is_read_while_streams_keep_the_frontend_busy(
+    start_engine: Callable[..., RunningEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Steps come faster than the frontend can pass each of them on to 128 streams."""
+    monkeypatch.setenv("STEP_MS", "1")
+    engine = start_engine("--port", "0", launcher=("-m", "tests.support.timed_worker", "launch")).wait_until_ready()
+    command = [
+        sys.executable, "-m", "benchmarks.client", "--workload", "arrival", "--http", engine.url, "--streams", "128",
+        "--num-requests", "8", "--vocab-size", "2000", "--json", str(tmp_path / "arrival.json"),
+    ]  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    run = json.loads((tmp_path / "arrival.json").read_text())["runs"][0]
+    waited = sorted(request["token_times"][0] - request["sent"] for request in run["requests"])
+    # Some 15 ms on two CPUs; several hundred where the frontend takes up everything that has come before it reads.
+    assert waited[len(waited) // 2] < 0.1
+    assert engine.stop() == 0
 
 
 async def stream(http: httpx.AsyncClient, begun: asyncio.Semaphore) -> str | None:
