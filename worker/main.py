@@ -81,7 +81,9 @@ def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tupl
         raise ConfigError(f"--attention-backend {config.attention_backend}: {error}") from error
     use_graphs = device.type == "cuda" and not config.options.enforce_eager and config.attention_backend != "torch"
     if device.type == "cuda":
-        num_blocks = num_blocks_on_gpu(config, dtype, _peak_bytes(config, runner, device, dtype, use_graphs))
+        # What graphs take is measured only where it decides: a worker that replaces another has its number of blocks.
+        measures_graphs = use_graphs and config.options.num_gpu_blocks_override is None
+        num_blocks = num_blocks_on_gpu(config, dtype, _peak_bytes(config, runner, device, dtype, measures_graphs))
     else:
         num_blocks = num_blocks_on_cpu(config, dtype)
     max_model_len = bounded_model_len(config, num_blocks)
@@ -98,9 +100,9 @@ def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tupl
 
 
 def _peak_bytes(
-    config: EngineConfig, runner: StepRunner, device: torch.device, dtype: torch.dtype, use_graphs: bool
+    config: EngineConfig, runner: StepRunner, device: torch.device, dtype: torch.dtype, with_graphs: bool
 ) -> int:
-    """Most device memory in use while the largest steps run, and what the graphs will add to it.
+    """Most device memory in use while the largest steps run, and, `with_graphs`, what graphs will add to it.
 
     Measured with a cache of a few blocks: null rows read only the null block. Graphs are captured on trial, the largest
     of each kind, again and again: the first time shows their buffers, which the smaller graphs will share, the other
@@ -111,7 +113,7 @@ def _peak_bytes(
     before = _used_bytes()
     runner.run_largest_steps()
     eager = _used_bytes() - before
-    if not use_graphs:
+    if not with_graphs:
         return before + eager
     trials = [runner.capture_graphs(only_largest=True)]
     with_buffers = _used_bytes()

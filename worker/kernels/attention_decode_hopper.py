@@ -38,7 +38,7 @@ def _work(wave):
 @gluon.jit
 def _item_range(items_ptr, work, works, table_stride, NUM_KV_HEADS: gl.constexpr, ITEM: gl.constexpr):
     """The cached tokens of a piece of work, start and end, and where its row of the block table begins. The new token
-    is not among them: its key and value come from the product. Nothing, if there is no such work."""
+    is not among them: its key and value come from the product. Of another piece, if there is no such one."""
     item_ptr = items_ptr + gl.where(work < works, work, 0) // NUM_KV_HEADS * ITEM
     end = gl.minimum(gl.load(item_ptr + 2), gl.load(item_ptr + 6) - 1)
     return gl.load(item_ptr + 1), end, gl.load(item_ptr).to(gl.int64) * table_stride
@@ -183,15 +183,17 @@ def _combine(
     PART: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [4 // COMBINE_HEADS, COMBINE_HEADS, 1], [2, 1, 0])
     LSE: gl.constexpr = gl.SliceLayout(2, PART)
     HEAD: gl.constexpr = gl.SliceLayout(0, LSE)
+    OUT: gl.constexpr = gl.SliceLayout(0, PART)
+    OUT_HEAD: gl.constexpr = gl.SliceLayout(1, OUT)
     splits = gl.arange(0, SPLITS_AT_ONCE, gl.SliceLayout(1, LSE))
     member = gl.arange(0, GROUP_POW2, HEAD)
-    dims = gl.arange(0, 128, gl.SliceLayout(0, gl.SliceLayout(0, PART)))
-    dims = gl.expand_dims(gl.expand_dims(dims, 0), 0)
+    out_dims = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, OUT)), 0)
+    dims = gl.expand_dims(out_dims, 0)
     in_group = member < GROUP
     head = kv_head * GROUP + member
     best = gl.full([GROUP_POW2], -1e30, gl.float32, HEAD)
     denominator = gl.zeros([GROUP_POW2], gl.float32, HEAD)
-    combined = gl.zeros([GROUP_POW2, 128], gl.float32, gl.SliceLayout(0, PART))
+    combined = gl.zeros([GROUP_POW2, 128], gl.float32, OUT)
     for base in range(0, items, SPLITS_AT_ONCE):
         mask = gl.expand_dims(base + splits < items, 1) & gl.expand_dims(in_group, 0)
         at = gl.expand_dims((first_item + base + splits) * NUM_HEADS, 1) + gl.expand_dims(head, 0)
@@ -206,13 +208,11 @@ def _combine(
         share = gl.exp2(lse - gl.expand_dims(new_best, 0))
         rescale = gl.exp2(best - new_best)
         denominator = denominator * rescale + gl.sum(share, 0)
-        rescale = gl.convert_layout(rescale, gl.SliceLayout(1, gl.SliceLayout(0, PART)))
+        rescale = gl.convert_layout(rescale, OUT_HEAD)
         combined = combined * gl.expand_dims(rescale, 1) + gl.sum(part * gl.expand_dims(share, 2), 0)
         best = new_best
-    denominator = gl.convert_layout(gl.where(in_group, denominator, 1.0), gl.SliceLayout(1, gl.SliceLayout(0, PART)))
-    OUT: gl.constexpr = gl.SliceLayout(0, PART)
-    out_member = gl.expand_dims(gl.arange(0, GROUP_POW2, gl.SliceLayout(1, OUT)), 1)
-    out_dims = gl.expand_dims(gl.arange(0, 128, gl.SliceLayout(0, OUT)), 0)
+    denominator = gl.convert_layout(gl.where(in_group, denominator, 1.0), OUT_HEAD)
+    out_member = gl.expand_dims(gl.arange(0, GROUP_POW2, OUT_HEAD), 1)
     gl.store(
         out_row_ptr + (kv_head * GROUP + out_member) * 128 + out_dims,
         (combined / gl.expand_dims(denominator, 1)).to(out_row_ptr.dtype.element_ty),
