@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 
 import numpy as np
+
+from tests.support.other_worker import launch_or_run
 
 POISON = 777
 
@@ -70,15 +71,5 @@ def run_worker() -> None:
     run_child("worker", worker_main.main)
 
 
-def run_launcher() -> int:
-    import launch
-    from launcher import child
-
-    child.MODULES["worker"] = __spec__.name
-    return launch.main(sys.argv[2:])
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "launch":
-        sys.exit(run_launcher())
-    run_worker()
+    launch_or_run(__spec__.name, run_worker)

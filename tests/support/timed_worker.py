@@ -7,8 +7,9 @@ takes longest, as beside a fast GPU.
 from __future__ import annotations
 
 import os
-import sys
 import time
+
+from tests.support.other_worker import launch_or_run
 
 TOKEN = 5
 
@@ -47,15 +48,5 @@ def run_worker() -> None:
     run_child("worker", worker_main.main)
 
 
-def run_launcher() -> int:
-    import launch
-    from launcher import child
-
-    child.MODULES["worker"] = __spec__.name
-    return launch.main(sys.argv[2:])
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "launch":
-        sys.exit(run_launcher())
-    run_worker()
+    launch_or_run(__spec__.name, run_worker)
