@@ -74,6 +74,8 @@ class FakeCore(threading.Thread):
         # Set by tests: whether it says that it is ready, whether it makes steps, and what it refuses requests with.
         self.may_be_ready = threading.Event()
         self.may_step = threading.Event()
+        # With a semaphore here, one step for each release of it.
+        self.permits: threading.Semaphore | None = None
         self.failure: Failed | None = None
         self.fail_after: int | None = None
         self._eos = eos
@@ -98,7 +100,8 @@ class FakeCore(threading.Thread):
                 for identity in self._waiting:
                     self._send(identity, CoreReady(self.protocol_version, self.epoch, self._engine))
                 self._waiting = []
-            if self._running and self.may_step.is_set():
+            may_step = self._running and self.may_step.is_set()
+            if may_step and (self.permits is None or self.permits.acquire(timeout=0.005)):
                 self._step()
                 time.sleep(self.step_seconds)
         self._channel.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -138,15 +139,23 @@ def test_without_stream_all_comes_in_one_message(client: Client) -> None:
     assert client.tokens[1][:-1] == TOKENIZER.encode("the quick brown fox").ids
 
 
-def test_a_step_is_one_message_for_all_requests_of_a_client(frontend: Frontend, client: Client) -> None:
-    frontend.core.may_step.clear()
+def test_a_step_is_one_message_for_all_requests_of_a_client(
+    frontend: Frontend, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    permits = threading.Semaphore(0)
+    monkeypatch.setattr(frontend.core, "permits", permits)  # of a core that other tests use too
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     for request_id in range(50):
         client.generate(request_id, "the fox", params)
     wait_until(lambda: frontend.core.num_running == 50)
-    frontend.core.may_step.set()
+    for num_steps in range(1, 21):
+        # Each step when the one before has been passed on, as several that come together go together.
+        permits.release()
+        while client.num_outputs < num_steps:
+            client.gather_one()
+        assert {len(tokens) for tokens in client.tokens.values()} == {num_steps}
     client.gather(*range(50))
-    assert client.num_outputs <= 20  # steps that come together go together
+    assert client.num_outputs == 20
     assert all(len(tokens) == 20 for tokens in client.tokens.values())
 
 

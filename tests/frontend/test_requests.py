@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -259,13 +260,16 @@ async def test_requests_that_want_no_text_get_tokens_only(setup: Setup) -> None:
 
 
 async def test_what_a_step_gives_one_sink_is_flushed_once(setup: Setup) -> None:
-    setup.core.may_step.clear()
+    setup.core.permits = threading.Semaphore(0)
     for tag in range(20):
         setup.submit("fox", SamplingParams(max_tokens=3, ignore_eos=True), tag)
     await setup.until(lambda: setup.core.num_running == 20)
-    setup.core.may_step.set()
+    for num_steps in range(1, 4):
+        # Each step when the one before has been flushed, as several that come together are flushed together.
+        setup.core.permits.release()
+        await setup.until(lambda num_steps=num_steps: setup.sink.flushes >= num_steps)
     await setup.sink.wait(20)
-    assert setup.sink.flushes <= 3  # steps that come together are flushed together
+    assert setup.sink.flushes == 3
     assert len({request.request_id for request in setup.core.added}) == 20
 
 

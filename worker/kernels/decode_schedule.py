@@ -235,7 +235,7 @@ def schedule_decode(
         decode_rows: [1] int32, how many of the rows, the first ones, are decode rows; of a fused step at least one.
         most_rows: the host's bound of that, at most `workspace.max_rows`.
         workspace: written.
-        fused: attention will be given a transform. Without one it may take a longer time then, and is right too.
+        fused: attention will be given a transform. One without may run on such a schedule too, if not as fast.
     """
     config, splits = workspace.plan(most_rows, fused)
     assert most_rows <= workspace.max_rows
