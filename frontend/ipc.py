@@ -287,6 +287,8 @@ class IpcServer:
     ) -> None:
         arrived = time.perf_counter()
         try:
+            # What came right after it, an abort perhaps, goes first: until a text is encoded, little else may run.
+            await asyncio.sleep(0)
             async with time_limit(arrived, self._service.timeout_of(generate.timeout)):
                 truncate = generate.params.truncate_prompt_tokens
                 token_ids = await self._service.prompts.encode_in_thread(rendered, truncate)
