@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -22,6 +23,7 @@ class Console:
         configure_logging("launcher", options.log_level, options.log_format)
         self._as_records = options.log_format == "json"
         self._bars: dict[str, tqdm] = {}
+        self._began: dict[str, float] = {}  # when each phase was first told of
 
     def error(self, message: str) -> None:
         if self._as_records:
@@ -43,21 +45,24 @@ class Console:
             print("\n".join(lines), flush=True)
 
     def progress(self, progress: Progress) -> None:
-        phase = progress.phase
+        """Shows how much of a phase is done: as a bar on a terminal, elsewhere in a line when all of it is."""
+        phase, is_done = progress.phase, progress.done == progress.total
+        began = self._began.setdefault(phase, time.monotonic())
+        done = f"loading {phase}: {progress.total} done in {time.monotonic() - began:.1f} s"
         if self._as_records:
-            if progress.done == progress.total:
-                logger.info("loading %s: %d done", phase, progress.total)
+            if is_done:
+                logger.info("%s", done)
+            return
+        if not sys.stderr.isatty():
+            if is_done:
+                print(done, file=sys.stderr, flush=True)
             return
         if phase not in self._bars:
-            self._bars[phase] = tqdm(
-                total=progress.total, desc=f"loading {phase}", file=sys.stderr, disable=not sys.stderr.isatty()
-            )
+            self._bars[phase] = tqdm(total=progress.total, desc=f"loading {phase}", file=sys.stderr)
         bar = self._bars[phase]
         bar.update(progress.done - bar.n)
-        if progress.done == progress.total:
+        if is_done:
             bar.close()
-            if bar.disable:
-                print(f"loading {phase}: {progress.total} done", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         for bar in self._bars.values():

@@ -34,7 +34,8 @@ from worker.step_inputs import StepInputs, StepRows, pad
 from worker.step_program import ForwardShape, StepProgram
 from worker.step_results import PackedRows, PendingTokens, PromptStretch, StepResults
 
-CaptureProgress = Callable[[int, int], None]
+# To be run in inference mode.
+WarmUp = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,50 +301,46 @@ class StepRunner:
 
     # --- start-up ---------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def run_largest_steps(self) -> None:
-        """Runs the steps that need the most memory, on null slots: a full budget of prefill, the widest sampling."""
-        tokens, rows = self._max_tokens, self._row_buckets[-1]
-        length = min(tokens, self._max_model_len)
-        self._inputs.send(self._null_rows(rows, tokens))
-        self.program.forward(ForwardShape(0, rows, tokens, rows, length, length))
-        for variant in SamplingVariant:
-            self.program.head(rows, variant)
-        self._measure_largest()
-        self._sent_decode_rows = None
+    def largest_steps(self) -> list[WarmUp]:
+        """The steps that need the most memory, on null slots: a full budget of prefill, the widest sampling."""
+        rows, length = self._row_buckets[-1], min(self._max_tokens, self._max_model_len)
+        shape = ForwardShape(0, rows, self._max_tokens, rows, length, length)
+        return [partial(self._run_null_rows, shape), *self._heads(rows), self._measure_largest]
 
-    @torch.inference_mode()
-    def run_small_steps(self) -> None:
-        """Runs steps of a few tokens on null slots, so that what they use beside the largest steps and the graphs is
+    def small_steps(self) -> list[WarmUp]:
+        """Steps of a few tokens on null slots, so that what they use beside the largest steps and the graphs is
         compiled and initialised now, and not when the first request comes."""
+        shapes = []
         for decode, prefill in ((1, 0), (2, 0), (9, 0), (17, 0), (65, 0), (0, 16), (1, 16)):
             prefill = min(prefill, self._max_tokens - decode)
             rows, tokens = decode + (prefill > 0), decode + prefill
-            if rows > self.state.num_slots or not tokens:
-                continue
-            self._inputs.send(self._null_rows(rows, tokens, decode))
-            self.program.forward(ForwardShape(decode, rows, tokens, rows, max(prefill, 1), tokens))
-        for variant in SamplingVariant:
-            self.program.head(1, variant)
-        self.state.warm_up()
-        self._edits.warm_up()
+            if rows <= self.state.num_slots and tokens:
+                shapes.append(ForwardShape(decode, rows, tokens, rows, max(prefill, 1), tokens))
+        steps = [partial(self._run_null_rows, shape) for shape in shapes]
+        return [*steps, *self._heads(1), self.state.warm_up, self._edits.warm_up]
+
+    def _heads(self, rows: int) -> list[WarmUp]:
+        return [partial(self.program.head, rows, variant) for variant in SamplingVariant]
+
+    def _run_null_rows(self, shape: ForwardShape) -> None:
+        self._inputs.send(self._null_rows(shape.num_rows, shape.num_tokens, shape.num_decode_rows or 0))
         self._sent_decode_rows = None
+        self.program.forward(shape)
 
     def capture_graphs(
-        self, progress: CaptureProgress | None = None, only_largest: bool = False, like: GraphCache | None = None
+        self, on_graph: Callable[[], None] | None = None, only_largest: bool = False, like: GraphCache | None = None
     ) -> GraphCache:
         """Captures the graphs of decode and mixed steps, largest first, so that the smaller fit in their memory, or
-        in that of `like`.
+        in that of `like`, for which all has been warmed up. `on_graph` is called after each.
 
         The steps are run on null slots, so the batch's state stays as it is.
         """
-        captures = self._captures(only_largest)
         graphs = GraphCache(like)
         with torch.inference_mode():
-            for capture in captures:
-                graphs.capture(capture.key, capture.launch, capture.warm_up)
-                if progress is not None:
-                    progress(len(graphs), len(captures))
+            for capture in self._captures(only_largest):
+                graphs.capture(capture.key, capture.launch, capture.warm_up and like is None)
+                if on_graph is not None:
+                    on_graph()
         self._sent_decode_rows = None
         return graphs
 

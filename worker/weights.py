@@ -15,16 +15,14 @@ from safetensors import SafetensorError, safe_open
 
 from protocol.errors import ConfigError
 
-LoadProgress = Callable[[int, int], None]
-
 # Present in some checkpoints, computed or unused here.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
-def load_weights(layout: dict[str, torch.Tensor], directory: Path, progress: LoadProgress) -> None:
+def load_weights(layout: dict[str, torch.Tensor], directory: Path, on_tensor: Callable[[], None]) -> None:
     """Reads every tensor of `layout` (checkpoint name → destination) from the directory's safetensors files.
 
-    `progress(done, total)` is called with the number of tensors. Any float dtype is converted to the destination's.
+    `on_tensor` is called after each tensor. Any float dtype is converted to the destination's.
 
     Raises:
         ConfigError: no safetensors files, a damaged file, or tensors that do not match the layout.
@@ -39,8 +37,9 @@ def load_weights(layout: dict[str, torch.Tensor], directory: Path, progress: Loa
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     if name in layout:
                         _copy(tensors.get_tensor(name), layout[name], name, path)
-                        missing.discard(name)
-                        progress(len(layout) - len(missing), len(layout))
+                        if name in missing:
+                            missing.discard(name)
+                            on_tensor()
                     elif not name.endswith(_IGNORED_SUFFIXES) and not (is_tied and name == "lm_head.weight"):
                         unexpected.append(name)
         except (SafetensorError, OSError) as error:
@@ -85,8 +84,11 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def randomize_weights(layout: dict[str, torch.Tensor], seed: int = 0) -> None:
-    """Random weights of a sane scale, the same for the same seed, shapes and device: for measuring speed."""
+def randomize_weights(layout: dict[str, torch.Tensor], on_tensor: Callable[[], None], seed: int = 0) -> None:
+    """Random weights of a sane scale, the same for the same seed, shapes and device: for measuring speed.
+
+    `on_tensor` is called after each tensor.
+    """
     devices = {tensor.device for tensor in layout.values()}
     generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
     for name in sorted(layout):
@@ -95,3 +97,4 @@ def randomize_weights(layout: dict[str, torch.Tensor], seed: int = 0) -> None:
             tensor.fill_(1.0)  # the scale of a norm
         else:
             tensor.normal_(0.0, 0.02, generator=generators[tensor.device])
+        on_tensor()

@@ -126,7 +126,7 @@ def test_a_damaged_weights_file_is_refused_by_name(model: Path, damage: str) -> 
     config = load_model_config(model)
     layout = create_model(config, select("cpu"), 64, torch.device("cpu"), torch.float32).checkpoint_layout()
     with pytest.raises(ConfigError, match=r"model/model\.safetensors"):
-        load_weights(layout, model, lambda done, total: None)
+        load_weights(layout, model, lambda: None)
 
 
 NOT_JSON = {"empty": b"", "cut": b'{"a": ', "bytes": b"\xff\xfe\x00", "a list": b"[]", "deep": b'{"a":' * 100_000}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import ROOT, RunningEngine
+from tests.support.terminal import CTRL_C, TerminalProgram
 
 Start = Callable[..., RunningEngine]
 
@@ -24,9 +26,34 @@ def test_ready_within_15_seconds_and_says_how_to_reach_it(start_engine: Start) -
     engine = start_engine("--port", "0").wait_until_ready()
     assert time.monotonic() - start < 15
     assert engine.address in engine.output
+    for phase in ("weights", "kernels"):
+        assert re.search(rf"^loading {phase}: \d+ done in \d+\.\d s$", engine.output, re.MULTILINE)
     command = engine.output[engine.output.index("curl") :]
     answer = subprocess.run(["bash", "-c", f"curl -s {command[4:]}"], capture_output=True, text=True, timeout=30)
     assert "Paris" in json.loads(answer.stdout)["choices"][0]["message"]["content"]
+
+
+def test_a_terminal_shows_bars_instead_of_lines(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    command = [
+        sys.executable,
+        str(ROOT / "launch.py"),
+        "--no-http",
+        "--device",
+        "cpu",
+        "--ipc",
+        f"ipc://{tmp_path}/e.sock",
+    ]
+    terminal = TerminalProgram(command, {})
+    try:
+        terminal.wait_for("ready in")
+        for phase in ("weights", "kernels"):
+            assert re.search(rf"loading {phase}: 100%.*\d+/\d+", terminal.text)
+        assert "done in" not in terminal.text
+        terminal.type(CTRL_C)
+        assert terminal.wait() == 0
+    finally:
+        terminal.close()
 
 
 def test_health_is_503_until_ready(start_engine: Start) -> None:

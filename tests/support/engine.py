@@ -20,7 +20,7 @@ from protocol.logprobs import TokenLogprob, unpack_logprobs
 from protocol.messages import AddRequest, Failed, Finished, StepOutputs, pack_ints, unpack_ints
 from protocol.resolve import resolve
 from protocol.sampling import SamplingParams
-from worker.main import make_runner
+from worker.startup import make_runner
 from worker.step_results import PendingTokens
 
 

@@ -8,8 +8,8 @@ import torch
 from protocol.messages import AdmittedSlot, Step, pack_ints
 from tests.support.engine import make_config
 from tests.support.models import MODEL_DIR, make_random_model, random_prompts, reference_model
-from worker.main import make_runner
 from worker.runner import StepRunner
+from worker.startup import make_runner
 
 
 @pytest.fixture(scope="module")
