@@ -116,7 +116,7 @@ class EngineCore:
         self._send_steps()
         for effect in effects:
             self._frontends.send_effects(effect)
-        self._scheduler.register_prefilled()
+        self._scheduler.sharing.register_prefilled()
         if self._worker.has_become_stuck():
             self._child.found_stuck(
                 "worker", self._worker.epoch, f"the worker has not answered for {self._config.step_timeout:g} s"

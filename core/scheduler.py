@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from core.block_pool import BlockPool
+from core.block_sharing import BlockSharing
 from core.client_shares import ClientShares
 from core.counters import Counters
 from core.endings import ending_of, why_no_token
 from core.grammar import GrammarState
 from core.logit_edits import logit_edits
 from core.prefill_budget import PrefillBudget, num_pairs
-from core.prefix_cache import PrefixCache, digests_of
+from core.prefix_cache import PrefixCache
 from core.request import Phase, Request
 from core.results import StepEffects
 from core.slots import SlotTable
@@ -65,6 +66,7 @@ class Scheduler:
         self.step_time = step_time
         self.table = SlotTable(config.max_num_seqs, config.max_model_len, config.block_size)
         self.cache = PrefixCache()
+        self.sharing = BlockSharing(self.table, self.cache, config.block_size, config.enable_prefix_caching)
         self.pool = BlockPool(config.num_blocks, on_reuse=self.cache.forget)
         self._requests: dict[tuple[int, int], Request] = {}
         self._waiting = WaitingQueue()
@@ -75,7 +77,6 @@ class Scheduler:
         self._decode_slots: np.ndarray | None = None  # None when the set of decoding requests changed
         self._sent_decode_slots: np.ndarray | None = None
         self._released_slots: list[int] = []
-        self._slots_to_register: list[int] = []  # whose prefilled blocks the prefix cache is yet to be told of
         self._in_flight: deque[StepInFlight] = deque()
         self._num_arrivals = 0
         self._counters = Counters()
@@ -243,16 +244,6 @@ class Scheduler:
         self._counters.computed_tokens += len(decode_slots) + budget.num_tokens
         return step
 
-    def register_prefilled(self) -> None:
-        """Tells the prefix cache of what was prefilled, which is done as soon as somebody looks for it, if not before.
-
-        To be called when a step has been sent and nothing waits: a long prompt's blocks take longer to register than
-        the GPU should wait for its step.
-        """
-        for slot in self._slots_to_register:
-            self._register_blocks(slot)
-        self._slots_to_register.clear()
-
     def take_masked_rows(self) -> tuple[int, list[tuple[int, Request, int]]] | None:
         """A step that waits for masks that can be made now, as all tokens before it are back; None if none does.
 
@@ -385,7 +376,7 @@ class Scheduler:
             if reserve + 1 > self.pool.num_free:
                 break  # it needs a block at least; looking up how many costs more the longer the prompt
             num_blocks = -(-len(request.token_ids) // self.config.block_size)
-            cached = self._find_cached_blocks(request)
+            cached = self.sharing.find(request)
             num_revived = sum(map(self.pool.is_free, cached))
             if num_blocks - len(cached) + num_revived + reserve > self.pool.num_free:
                 break
@@ -406,27 +397,13 @@ class Scheduler:
         """
         return self._waiting.num_tokens > (self.pool.num_free - reserve) * self.config.block_size
 
-    def _find_cached_blocks(self, request: Request) -> list[int]:
-        """Blocks that hold the beginning of the request's tokens; never the last token, whose logits are needed.
-
-        A prompt that is to be measured needs the logits of every token.
-        """
-        if not self.config.enable_prefix_caching or not request.prompt_is_measured:
-            return []
-        self.register_prefilled()
-        block_size = self.config.block_size
-        most = (len(request.token_ids) - 1) // block_size
-        return self.cache.find(digests_of(request.digests, request.root, request.token_ids, block_size, most))
-
     def _start(self, request: Request, num_cached_blocks: int) -> AdmittedSlot:
         num_cached_tokens = num_cached_blocks * self.config.block_size
         if not request.was_admitted:
             request.was_admitted = True
             # A request that another core had begun may find some of its answer, too.
             request.num_cached_tokens = min(num_cached_tokens, request.num_prompt_tokens)
-            if self.config.enable_prefix_caching and request.prompt_is_measured:
-                self.cache.num_queries += request.num_prompt_tokens
-                self.cache.num_hits += request.num_cached_tokens
+            self.sharing.count(request)
         slot = self.table.assign(request, num_cached_tokens, num_cached_blocks)
         insort(self._running, request, key=lambda r: r.order)
         self._set_phase(request, Phase.PREFILLING)
@@ -490,7 +467,7 @@ class Scheduler:
         chunks.samples.append(samples)
         if request.is_measuring:
             chunks.measured.append((request, int(table.num_computed[slot]) >= request.num_prompt_tokens))
-        self._slots_to_register.append(slot)
+        self.sharing.note_prefilled(slot)
         if samples:
             self._set_phase(request, Phase.DECODING if known + 1 < request.total_limit else Phase.DRAINING)
 
@@ -552,10 +529,7 @@ class Scheduler:
         ended |= table.has_stop_ids[slots]
         # A grammar is to be told of each token.
         ended |= table.has_grammar[slots]
-        if self.config.enable_prefix_caching:
-            full = np.minimum(table.num_known[slots], table.num_computed[slots]) // self.config.block_size
-            for slot in slots[full > table.num_registered[slots]].tolist():
-                self._register_blocks(slot)
+        self.sharing.register_full(slots)
         sound = ~failed
         keep = sound if failed.any() else None
         effects.add_rows(table.frontend[slots], table.request_id[slots], tokens, keep, rows)
@@ -577,8 +551,7 @@ class Scheduler:
 
     def _end_if_done(self, request: Request, token: int, num_tokens: int, effects: StepEffects) -> None:
         if token < 0:
-            for digest in request.digests:
-                self.cache.forget_digest(digest)
+            self.sharing.distrust(request)
             self._fail(request, why_no_token(request), effects)
             return
         if request.grammar is not None:
@@ -600,24 +573,6 @@ class Scheduler:
 
     # --- shared -----------------------------------------------------------------------------------------------------
 
-    def _register_blocks(self, slot: int) -> None:
-        """Makes the slot's blocks findable that are full of known tokens and computed by steps already sent.
-
-        The step being made counts as sent: a request later in the same step may share the blocks, since a step writes
-        all its keys and values, layer by layer, before it attends to them, and decodes before layers of a prompt.
-        """
-        if not self.config.enable_prefix_caching:
-            return
-        table = self.table
-        request = table.requests[slot]
-        assert request is not None
-        full = int(min(table.num_known[slot], table.num_computed[slot])) // self.config.block_size
-        known, first = table.token_ids[slot], int(table.num_registered[slot])
-        digests = digests_of(request.digests, request.root, known, self.config.block_size, full, first)
-        for block, digest in zip(request.block_ids[first:full], digests, strict=True):
-            self.cache.register(digest, block)
-        table.num_registered[slot] = full
-
     def _set_phase(self, request: Request | None, phase: Phase) -> None:
         assert request is not None
         if Phase.DECODING in (request.phase, phase):
@@ -629,7 +584,7 @@ class Scheduler:
         request.phase = phase
 
     def _leave_slot(self, request: Request, phase: Phase) -> None:
-        self.register_prefilled()
+        self.sharing.register_prefilled()
         if self._layered is not None and self._layered.request is request:
             self._layered = None
         self._set_phase(request, phase)

@@ -127,7 +127,7 @@ class InProcessEngine:
             effects = self.scheduler.apply(done.result())
             for _, message in effects.messages(0):
                 yield message
-            self.scheduler.register_prefilled()
+            self.scheduler.sharing.register_prefilled()
 
     def _finish_masked(self, pending: deque[PendingTokens]) -> None:
         masked = self.scheduler.take_masked_rows()
