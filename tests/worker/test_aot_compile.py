@@ -30,6 +30,7 @@ from worker.kernels import (  # noqa: E402
     commit_step,
     decode_schedule,
     edit_logits,
+    filter_groups,
     filter_threshold,
     fused_linear,
     gumbel_sample,
@@ -40,6 +41,7 @@ from worker.kernels import (  # noqa: E402
     step_metadata,
     tiled_linear,
 )
+from worker.kernels._logit_keys import KEY_SHIFT  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("Triton's interpreter does not compile", allow_module_level=True)
@@ -52,7 +54,7 @@ ELEMENT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INT32_POINTERS = {
     "row_slots_ptr", "query_start_ptr", "seq_lens_ptr", "block_table_ptr", "positions_ptr", "kv_lens_ptr",
     "items_ptr", "num_items_ptr", "arrived_ptr", "index_ptr", "status_ptr", "token_ptr",
-    "fields_ptr", "entries_ptr", "block_ids_ptr",
+    "fields_ptr", "entries_ptr", "block_ids_ptr", "group_list_ptr",
     "decode_rows_ptr", "last_token_ptr", "token_ids_ptr", "top_k_ptr", "keys_ptr", "last_keys_ptr",
     "tiles_ptr", "shares_ptr", "plan_ptr", "headers_ptr", "bias_ids_ptr", "bad_words_ptr", "recent_ptr", "allowed_ptr",
 }  # fmt: skip
@@ -61,7 +63,7 @@ INT64_POINTERS = {"cache_slots_ptr", "seeds_ptr"}
 FP32_POINTERS = {
     "cos_sin_ptr", "temperature_ptr", "value_ptr", "partial_out_ptr", "partial_lse_ptr", "top_p_ptr", "min_p_ptr",
     "threshold_ptr", "highest_ptr", "lowest_ptr", "mass_ptr", "levels_ptr", "last_levels_ptr", "last_value_ptr",
-    "penalties_ptr", "biases_ptr", "edited_ptr",
+    "penalties_ptr", "biases_ptr", "edited_ptr", "group_highest_ptr",
 }  # fmt: skip
 
 
@@ -260,16 +262,20 @@ def check_sampling_kernels(capability: tuple[int, int], dtype: torch.dtype) -> N
     for vocab, stretches in ((151936, 75), (1000, 1)):
         cut = {"VOCAB": vocab, "BLOCK": min(2048, triton.next_power_of_2(vocab)), "STRETCHES": stretches,
                "DEPENDENT": capability >= (9, 0)}  # fmt: skip
-        for absent in (("threshold_ptr", "lowest_ptr"), ("threshold_ptr",), ("lowest_ptr",)):
-            assert shared_memory(stretch, capability, dtype, cut | dict.fromkeys(absent)) <= limit
+        groups = {"GROUPS": cut["BLOCK"] // gumbel_sample.GROUP}
+        no_filter = ("lowest_ptr", "group_highest_ptr")
+        for absent in (("threshold_ptr", *no_filter), ("threshold_ptr",), no_filter):
+            assert shared_memory(stretch, capability, dtype, cut | groups | dict.fromkeys(absent)) <= limit
         padded = {"PADDED": triton.next_power_of_2(stretches)}
         for absent in ((), ("threshold_ptr",)):
             constants = cut | {"PADDED": max(4, padded["PADDED"])} | dict.fromkeys(absent)
             assert shared_memory(draw, capability, dtype, constants, num_warps=8) <= limit
-        shift = {"SHIFT": filter_threshold._SHIFT[dtype]}
-        constants = cut | padded | shift
+        shift = {"SHIFT": KEY_SHIFT[dtype]}
+        groups = {"GROUPS": stretches * groups["GROUPS"], "GROUP": gumbel_sample.GROUP}
+        groups |= {"PADDED_GROUPS": triton.next_power_of_2(groups["GROUPS"]), "MOST_GROUPS": filter_groups.MOST_GROUPS}
+        constants = cut | padded | shift | groups
         del constants["BLOCK"]
-        assert shared_memory(begin, capability, dtype, constants) <= limit
+        assert shared_memory(begin, capability, dtype, constants, num_warps=16) <= limit
         constants = cut | padded | shift | {"PIVOTS": filter_threshold.PIVOTS}
         for absent in ((), ("last_value_ptr",)):
             assert shared_memory(search, capability, dtype, constants | dict.fromkeys(absent), num_warps=2) <= limit

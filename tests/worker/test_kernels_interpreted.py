@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from protocol.logit_edits import LogitEdits
 from tests.support.edit_tables import admitted, random_edits
 from tests.support.sampling import assert_drawn_from, kept_by_definition
-from worker.kernels import filter_threshold, gumbel_sample, ops
+from worker.kernels import filter_groups, filter_threshold, gumbel_sample, ops
 from worker.kernels.apply_changes import FIELDS
 from worker.kernels.gumbel_sample import gumbel_noise
 from worker.slot_edits import SlotEdits
@@ -258,12 +258,17 @@ def extreme(vocab: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("make", [spread, with_ties, all_equal, mostly_masked, around_zero, extreme])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "most_groups"), [(torch.bfloat16, 1), (torch.bfloat16, 16), (torch.float16, 64), (torch.float32, 16)]
+)
 def test_filter_threshold(
-    make: Callable[[int], torch.Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[int], torch.Tensor], dtype: torch.dtype, most_groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernels keep what a sort keeps, with the vocabulary cut into stretches of 64."""
+    """The kernels keep what a sort keeps, with the vocabulary cut into stretches of 64 and groups of 8: 38, so that of
+    no row, some or all rows one program searches all that are left."""
     monkeypatch.setattr(gumbel_sample, "STRETCH", 64)
+    monkeypatch.setattr(gumbel_sample, "GROUP", 8)
+    monkeypatch.setattr(filter_groups, "MOST_GROUPS", most_groups)
     torch.manual_seed(5)
     rows, vocab = len(FILTERS), 300
     logits = torch.stack([make(vocab) for _ in range(rows)]).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)

@@ -1,6 +1,7 @@
 """Finds, for each row, the smallest logit that min-p, top-k and top-p leave: the sampler draws from there up.
 
-No sort. Tokens are kept by value, so a row's filters come down to one logit, found by search: each pass over the row
+No sort. Tokens are kept by value, so a row's filters come down to one logit, found by search: at once where it lies
+in few groups of logits (`filter_groups.py`), as that of a small top-k does, and else in passes over the row. A pass
 adds up, at 16 pivots, the number or the probability of the tokens at or above it, and goes on between the two pivots
 that enclose what is wanted. Pivots are keys, integers in the order of the logits, so the search ends at an exact one.
 A row is split over programs, and sums are added in an order that no batch changes.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from worker.kernels import filter_groups
+from worker.kernels._logit_keys import KEY_SHIFT, key_of, value_of
 from worker.kernels._triton import (
     cdiv,
     dependent_launch,
@@ -19,27 +22,12 @@ from worker.kernels._triton import (
     tl,
     triton,
 )
+from worker.kernels.filter_groups import bound_by_groups, load_groups, search_loaded
 from worker.kernels.gumbel_sample import load_stretch, measure_stretches, stretch_size
 
 PIVOTS = 16
 # Programs that a pass wants: a few for each multiprocessor. More would read the pivots' sums more often.
 _PROGRAMS = 2048
-# Low bits of a logit's float32 that its own type does not have: a key leaves them out.
-_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
-
-
-@triton.jit
-def _key_of(value, SHIFT: tl.constexpr):
-    """int32, in the order of the values; exact for values that the logits' type holds."""
-    bits = value.to(tl.int32, bitcast=True)
-    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) >> SHIFT
-
-
-@triton.jit
-def _value_of(key, SHIFT: tl.constexpr):
-    """The fp32 value of a key."""
-    bits = key << SHIFT
-    return tl.where(key >= 0, bits, (bits | ((1 << SHIFT) - 1)) ^ 0x7FFFFFFF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -51,8 +39,8 @@ def _pivots_of(low, high, fresh, maximum, PIVOTS: tl.constexpr, SHIFT: tl.conste
     j = tl.arange(0, PIVOTS)
     wide = low.to(tl.int64)
     by_key = (wide + (high.to(tl.int64) - wide) * j // PIVOTS).to(tl.int32)
-    start = _value_of(low, SHIFT)
-    by_value = _key_of(start + (maximum - start) * (j.to(tl.float32) * (1.0 / PIVOTS)), SHIFT)
+    start = value_of(low, SHIFT)
+    by_value = key_of(start + (maximum - start) * (j.to(tl.float32) * (1.0 / PIVOTS)), SHIFT)
     pivots = tl.where(fresh == 1, by_value, by_key)
     return tl.where(j == 0, low, tl.maximum(tl.minimum(pivots, high - 1), low))
 
@@ -93,7 +81,7 @@ def _advance(low, high, kind, fresh, wanted, maximum, sums, top_p, PIVOTS: tl.co
     # No other key keeps less and still enough: it is the last one, or keeps exactly what is wanted.
     found = (high.to(tl.int64) - low <= 1) | (tl.min(tl.where(reached, sums, float("inf")), axis=0) == wanted)
     share_next = found & (kind == 1) & (top_p < 1.0)
-    high = tl.where(share_next, _key_of(maximum, SHIFT) + 1, high)
+    high = tl.where(share_next, key_of(maximum, SHIFT) + 1, high)
     wanted = tl.where(share_next, -1.0, wanted)
     kind = tl.where(found, tl.where(share_next, 2, 0), kind)
     return low, high, kind, share_next.to(tl.int32), wanted
@@ -109,19 +97,27 @@ def _sums_of(logits, pivots, kind, maximum, scale):
 
 @triton.jit(do_not_specialize_on_alignment=["row_slots_ptr"])
 def _begin_kernel(
+    logits_ptr,
     row_slots_ptr,
     temperature_ptr,
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
     highest_ptr,
-    lowest_ptr,
     mass_ptr,
+    lowest_ptr,
+    group_highest_ptr,
+    group_list_ptr,
     keys_ptr,
     levels_ptr,
+    logits_stride,
     VOCAB: tl.constexpr,
     STRETCHES: tl.constexpr,
     PADDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PADDED_GROUPS: tl.constexpr,
+    MOST_GROUPS: tl.constexpr,
     SHIFT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -137,9 +133,11 @@ def _begin_kernel(
     at = row * STRETCHES + tl.arange(0, PADDED)
     mask = tl.arange(0, PADDED) < STRETCHES
     highest = tl.load(highest_ptr + at, mask=mask, other=-float("inf"))
-    lowest = tl.load(lowest_ptr + at, mask=mask, other=float("inf"))
     mass = tl.load(mass_ptr + at, mask=mask, other=0.0)
+    lowest = tl.load(lowest_ptr + at, mask=mask, other=float("inf"))
     maximum = tl.max(highest, axis=0)
+    high = key_of(maximum, SHIFT) + 1
+    scale = 1.4426950408889634 / temperature
     limits_count = (top_k > 0) & (top_k < VOCAB)
     limits_share = top_p < 1.0
     usable = (maximum > -float("inf")) & (maximum < float("inf"))
@@ -151,24 +149,31 @@ def _begin_kernel(
     bits = floor.to(tl.int32, bitcast=True)  # the lowest key whose value is not below the floor
     low = tl.where(bits >= 0, bits + ((1 << SHIFT) - 1), bits ^ 0x7FFFFFFF) >> SHIFT
     wanted = tl.full((), -1.0, tl.float32)
-    # The search begins where the answer cannot be below, so that most stretches need not be read.
     if limits_count:
-        # Of the stretches' highest logits k are at or above the k-th, so at least k tokens are.
         wanted = top_k.to(tl.float32)
-        above = tl.sum((highest[:, None] > highest[None, :]).to(tl.int32), axis=0)
-        kth = tl.min(tl.where(above < top_k, highest, float("inf")), axis=0)
-        low = tl.maximum(low, _key_of(kth, SHIFT))
     elif limits_share & (min_p == 0.0):
         # Tokens less likely than (1 - p) / VOCAB add up to less than 1 - p: without them enough is left. One per cent
         # is room for rounding.
-        total = tl.sum(mass * tl.exp2((highest - maximum) * (1.4426950408889634 / temperature)), axis=0)
+        total = tl.sum(mass * tl.exp2((highest - maximum) * scale), axis=0)
         wanted = tl.maximum(top_p, 1e-6) * total
         least = maximum - 1.01 * temperature * tl.log(VOCAB / ((1.0 - top_p) * total))
-        low = tl.maximum(low, _key_of(least, SHIFT) - 1)
+        low = tl.maximum(low, key_of(least, SHIFT) - 1)
 
     kind = tl.where(searched, tl.where(limits_count, 1, tl.where(limits_share, 2, 0)), 0)
-    low = tl.where(searched, low, _key_of(tl.full((), -float("inf"), tl.float32), SHIFT))
-    _store_state(keys_ptr, levels_ptr, row, low, _key_of(maximum, SHIFT) + 1, kind, 1, wanted, maximum)
+    if kind > 0:
+        # The search begins where the answer cannot be below, so that most stretches need not be read, or none.
+        low, selected = bound_by_groups(
+            group_highest_ptr, row, low, high, limits_count, wanted, maximum, scale, GROUPS, PADDED_GROUPS, SHIFT
+        )
+        if tl.sum(selected.to(tl.int32), axis=0) <= MOST_GROUPS:
+            logits = load_groups(
+                logits_ptr, logits_stride, row, selected, group_list_ptr, VOCAB, GROUP, PADDED_GROUPS, MOST_GROUPS
+            )
+            wanted_share = tl.where(limits_count, -1.0, wanted)
+            low = search_loaded(logits, low, high, limits_count, top_k, wanted_share, top_p, maximum, scale, SHIFT)
+            kind = kind * 0
+    low = tl.where(searched, low, key_of(tl.full((), -float("inf"), tl.float32), SHIFT))
+    _store_state(keys_ptr, levels_ptr, row, low, high, kind, 1, wanted, maximum)
 
 
 @triton.jit(do_not_specialize_on_alignment=["row_slots_ptr"])
@@ -212,8 +217,8 @@ def _pass_kernel(
             _store_state(keys_ptr, levels_ptr, row, low, high, kind, fresh, wanted, maximum)
     if kind > 0:
         scale = 1.4426950408889634 / tl.load(temperature_ptr + slot)
-        pivots = _value_of(_pivots_of(low, high, fresh, maximum, PIVOTS, SHIFT), SHIFT)
-        lowest = _value_of(low, SHIFT)
+        pivots = value_of(_pivots_of(low, high, fresh, maximum, PIVOTS, SHIFT), SHIFT)
+        lowest = value_of(low, SHIFT)
         j = tl.arange(0, PIVOTS)
         for stretch in range(part, STRETCHES, tl.num_programs(0)):
             at = value_ptr + (row * STRETCHES + stretch) * PIVOTS + j
@@ -263,7 +268,7 @@ def _finish_kernel(
         sums = _load_sums(value_ptr, row, STRETCHES, PADDED, PIVOTS)
         low, high, kind, fresh, wanted = _advance(low, high, kind, fresh, wanted, maximum, sums, top_p, PIVOTS, SHIFT)
         while kind > 0:  # rare: the passes that all rows had were not enough, and one program does the rest
-            pivots = _value_of(_pivots_of(low, high, fresh, maximum, PIVOTS, SHIFT), SHIFT)
+            pivots = value_of(_pivots_of(low, high, fresh, maximum, PIVOTS, SHIFT), SHIFT)
             sums = tl.zeros((PIVOTS,), tl.float32)
             for stretch in range(STRETCHES):
                 logits = load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
@@ -271,7 +276,7 @@ def _finish_kernel(
             low, high, kind, fresh, wanted = _advance(
                 low, high, kind, fresh, wanted, maximum, sums, top_p, PIVOTS, SHIFT
             )
-    tl.store(threshold_ptr + row, _value_of(low, SHIFT))
+    tl.store(threshold_ptr + row, value_of(low, SHIFT))
 
 
 def num_passes(dtype: torch.dtype) -> int:
@@ -280,7 +285,7 @@ def num_passes(dtype: torch.dtype) -> int:
     Of 16 bits a pass finds 4, and the first of a search skips the many keys next to 0; a top-k is one search, a top-p
     another.
     """
-    return 6 if _SHIFT[dtype] else 10
+    return 6 if KEY_SHIFT[dtype] else 10
 
 
 def filter_threshold(
@@ -298,9 +303,10 @@ def filter_threshold(
     smallest set that has a share top_p of the probability left. Tokens as likely as the last one kept are kept too
     (vLLM does the same for top-k; for top-p it keeps as many of them as the share needs).
 
-    Reads rows * vocab logits once for the stretches' maxima and masses, and then, by stretch, where the stretch has a
-    logit that may matter, once a pass: 16 compares and additions a logit. A pass narrows the search 16-fold and
-    `num_passes` are launched: a top-k or a top-p takes 2 or 3, both together 3 to 5.
+    Reads rows * vocab logits once for the stretches' maxima and masses. A row whose answer lies in more than
+    `MOST_GROUPS` groups is then read, by stretch, where the stretch has a logit that may matter, once a pass: 16
+    compares and additions a logit. A pass narrows the search 16-fold and `num_passes` are launched: a top-k or a top-p
+    takes 2 or 3, both together 3 to 5.
 
     Args:
         logits: [rows, vocab] fp32, fp16 or bf16, rows may be strided.
@@ -318,18 +324,24 @@ def filter_threshold(
     if rows == 0:
         return threshold
     options = dependent_launch(logits.device)
-    block, shift, passes = stretch_size(vocab), _SHIFT[logits.dtype], num_passes(logits.dtype)
+    block, shift, passes = stretch_size(vocab), KEY_SHIFT[logits.dtype], num_passes(logits.dtype)
     stretches = cdiv(vocab, block)
     padded = next_power_of_2(stretches)
-    highest, mass, lowest = measure_stretches(logits, row_slots, temperature, find_lowest=True)
+    measured = measure_stretches(logits, row_slots, temperature, to_filter=True)
+    assert measured.group_highest is not None
+    groups = measured.group_highest.shape[1]
     # A pass reads what the one before has written, and writes elsewhere: its programs run at different times. Four
     # fields a row, so that each pass's part is aligned to 16 bytes and one compiled kernel serves all.
     keys = torch.empty((passes, rows, 4), dtype=torch.int32, device=logits.device)
     levels = torch.empty((passes, rows, 4), dtype=torch.float32, device=logits.device)
     sums = torch.empty((2, rows, stretches, PIVOTS), dtype=torch.float32, device=logits.device)
+    most_groups = filter_groups.MOST_GROUPS
+    group_list = torch.empty((rows, most_groups), dtype=torch.int32, device=logits.device)
     _begin_kernel[(rows,)](
-        row_slots, temperature, top_k, top_p, min_p, highest, lowest, mass, keys, levels,
-        VOCAB=vocab, STRETCHES=stretches, PADDED=padded, SHIFT=shift, num_warps=4, **options,
+        logits, row_slots, temperature, top_k, top_p, min_p, measured.highest, measured.mass, measured.lowest,
+        measured.group_highest, group_list, keys, levels, logits.stride(0),
+        VOCAB=vocab, STRETCHES=stretches, PADDED=padded, GROUP=stretches * block // groups, GROUPS=groups,
+        PADDED_GROUPS=next_power_of_2(groups), MOST_GROUPS=most_groups, SHIFT=shift, num_warps=16, **options,
     )  # fmt: skip
     constants = {"VOCAB": vocab, "BLOCK": block, "STRETCHES": stretches, "PADDED": padded, "PIVOTS": PIVOTS,
                  "SHIFT": shift, **options}  # fmt: skip
@@ -337,8 +349,8 @@ def filter_threshold(
         last = max(i - 1, 0)
         # Two warps: a thread then adds up 32 logits before the sums are passed from thread to thread.
         _pass_kernel[(min(stretches, cdiv(_PROGRAMS, rows)), rows)](
-            logits, row_slots, temperature, top_p, highest, keys[last], levels[last], sums[1 - i % 2] if i else None,
-            keys[i], levels[i], sums[i % 2], logits.stride(0), **constants, num_warps=2,
+            logits, row_slots, temperature, top_p, measured.highest, keys[last], levels[last],
+            sums[1 - i % 2] if i else None, keys[i], levels[i], sums[i % 2], logits.stride(0), **constants, num_warps=2,
         )  # fmt: skip
     _finish_kernel[(rows,)](
         logits, row_slots, temperature, top_p, keys[-1], levels[-1], sums[(passes - 1) % 2], threshold,

@@ -8,6 +8,8 @@ a row instead of for the whole vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from worker.kernels._triton import (
@@ -23,6 +25,8 @@ from worker.kernels.argmax_sample import argmax_sample_reference
 
 # Logits of a stretch. Never chosen by the number of rows: what is drawn depends on where the stretches lie.
 STRETCH = 2048
+# Logits of a group, into which stretches are cut where few of a row's logits are looked for.
+GROUP = 128
 
 
 @triton.jit
@@ -40,12 +44,14 @@ def _stretch_kernel(
     temperature_ptr,
     threshold_ptr,
     highest_ptr,
-    lowest_ptr,
     mass_ptr,
+    lowest_ptr,
+    group_highest_ptr,
     logits_stride,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     STRETCHES: tl.constexpr,
+    GROUPS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
@@ -67,6 +73,8 @@ def _stretch_kernel(
     tl.store(mass_ptr + at, tl.sum(weights, axis=0))
     if lowest_ptr is not None:
         tl.store(lowest_ptr + at, tl.min(tl.where(logits > -float("inf"), logits, float("inf")), axis=0))
+        group_highest = tl.max(tl.reshape(logits, (GROUPS, BLOCK // GROUPS)), axis=1)
+        tl.store(group_highest_ptr + at * GROUPS + tl.arange(0, GROUPS), group_highest)
 
 
 @triton.jit
@@ -137,42 +145,58 @@ def stretch_size(vocab: int) -> int:
     return min(STRETCH, max(16, next_power_of_2(vocab)))
 
 
+@dataclass(frozen=True, slots=True)
+class Stretches:
+    """What one read of the logits tells of each row's stretches. All fp32, by row.
+
+    highest: [rows, stretches] the highest logit.
+    mass: [rows, stretches] the sum of exp((logit - highest) / temperature) of those that are not below the row's
+        threshold, NaN where the stretch holds NaN or +inf.
+    lowest: [rows, stretches] the lowest finite logit, +inf where there is none.
+    group_highest: [rows, stretches * groups of a stretch] the highest logit of each group.
+    """
+
+    highest: torch.Tensor
+    mass: torch.Tensor
+    lowest: torch.Tensor | None = None
+    group_highest: torch.Tensor | None = None
+
+
 def measure_stretches(
     logits: torch.Tensor,
     row_slots: torch.Tensor,
     temperature: torch.Tensor,
     threshold: torch.Tensor | None = None,
-    find_lowest: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """By row and stretch, from one read of the logits: the highest logit; the sum of exp((logit - highest) /
-    temperature) of those that are not below the row's threshold, NaN where the stretch holds NaN or +inf; and, if
-    wanted, the lowest finite logit (+inf where there is none). A temperature of 0 counts as 1.
-
-    Returns:
-        highest, mass, lowest: [rows, stretches] fp32.
-    """
+    to_filter: bool = False,
+) -> Stretches:
+    """Reads the logits once; `to_filter` finds the lowest of each stretch and the highest of each group as well. A
+    temperature of 0 counts as 1. Arguments as of `sample`."""
     rows, vocab = logits.shape
     block = stretch_size(vocab)
-    stretches = cdiv(vocab, block)
+    stretches, groups = cdiv(vocab, block), cdiv(block, GROUP)
     highest = torch.empty((rows, stretches), dtype=torch.float32, device=logits.device)
-    mass = torch.empty_like(highest)
-    lowest = torch.empty_like(highest) if find_lowest else None
+    found = Stretches(highest, torch.empty_like(highest))
+    if to_filter:
+        of_groups = torch.empty((rows, stretches * groups), dtype=torch.float32, device=logits.device)
+        found = Stretches(highest, found.mass, torch.empty_like(highest), of_groups)
     _stretch_kernel[(stretches, rows)](
         logits,
         row_slots,
         temperature,
         threshold,
-        highest,
-        lowest,
-        mass,
+        found.highest,
+        found.mass,
+        found.lowest,
+        found.group_highest,
         logits.stride(0),
         VOCAB=vocab,
         BLOCK=block,
         STRETCHES=stretches,
+        GROUPS=groups,
         num_warps=4,
         **dependent_launch(logits.device),
     )
-    return highest, mass, lowest
+    return found
 
 
 def sample(
@@ -210,8 +234,8 @@ def sample(
     token = torch.empty(rows, dtype=torch.int32, device=logits.device)
     if rows == 0:
         return token
-    highest, mass, _ = measure_stretches(logits, row_slots, temperature, threshold)
-    stretches = highest.shape[1]
+    measured = measure_stretches(logits, row_slots, temperature, threshold)
+    stretches = measured.highest.shape[1]
     _draw_kernel[(rows,)](
         logits,
         row_slots,
@@ -219,8 +243,8 @@ def sample(
         threshold,
         seeds,
         positions,
-        highest,
-        mass,
+        measured.highest,
+        measured.mass,
         token,
         logits.stride(0),
         VOCAB=vocab,
