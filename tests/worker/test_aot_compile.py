@@ -5,9 +5,7 @@ Triton compiles without a GPU. The configurations are those that the launchers w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -292,30 +290,25 @@ def check_logit_edits(capability: tuple[int, int]) -> None:
         assert shared_memory(edit_logits._record_kernel, capability, torch.float32, sizes | {"BLOCK": 128}) <= limit
 
 
-# Longest first, so that two processes end together.
-CHECKS: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
-    *((check_attention_kernels, (capability,)) for capability in CAPABILITIES[::-1]),
-    *((check_small_kernels, (capability,)) for capability in CAPABILITIES[::-1]),
-    *((check_sampling_kernels, (capability, dtype)) for capability in CAPABILITIES for dtype in SAMPLED_DTYPES),
-    *((check_logit_edits, (capability,)) for capability in CAPABILITIES),
+# With about how many seconds they take.
+CHECKS: list[tuple[float, Callable[..., None], tuple[Any, ...]]] = [
+    *((45, check_attention_kernels, (capability,)) for capability in CAPABILITIES),
+    *((9, check_small_kernels, (capability,)) for capability in CAPABILITIES),
+    *((8, check_sampling_kernels, (capability, dtype)) for capability in CAPABILITIES for dtype in SAMPLED_DTYPES),
+    *((2, check_logit_edits, (capability,)) for capability in CAPABILITIES),
 ]
 
 
-@pytest.fixture(scope="module")
-def checked() -> Iterator[list[Future[None]]]:
-    """What each of `CHECKS` comes to; they run side by side."""
-    # Processes: in threads, Python 3.11's parser trips over another thread that parses (a SystemError about the
-    # "recursion depth" of the AST), and a kernel is parsed when it is compiled.
-    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
-    yield [pool.submit(check, *args) for check, args in CHECKS]
-    pool.shutdown(cancel_futures=True)
-
-
-def name_of(check: Callable[..., None], capability: tuple[int, int], dtype: torch.dtype | None = None) -> str:
+def parameter(
+    seconds: float, check: Callable[..., None], capability: tuple[int, int], dtype: torch.dtype | None = None
+) -> Any:
+    """A test's name, and its work in the background."""
     name = f"{check.__name__.removeprefix('check_')}-sm_{capability[0]}{capability[1]}"
-    return name if dtype is None else f"{name}-{ELEMENT[dtype]}"
+    name, args = (name, ()) if dtype is None else (f"{name}-{ELEMENT[dtype]}", (dtype,))
+    return pytest.param(name, marks=pytest.mark.background(check, capability, *args, seconds=seconds))
 
 
-@pytest.mark.parametrize("index", range(len(CHECKS)), ids=[name_of(check, *args) for check, args in CHECKS])
-def test_kernels_fit_the_device(index: int, checked: list[Future[None]]) -> None:
-    checked[index].result()
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", [parameter(seconds, check, *args) for seconds, check, args in CHECKS])
+def test_kernels_fit_the_device(name: str, of_background: None) -> None:
+    """The check has run in the background, and its assertions hold."""

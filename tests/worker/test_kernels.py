@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,24 +18,32 @@ from worker.kernels.qk_norm_rope import qk_norm_rope_cache_reference
 from worker.kernels.rms_norm import rms_norm_reference
 
 
-def test_in_triton_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET once, at import, so the interpreter gets processes of its own, one a core."""
-    pytest.importorskip("triton")
-    here = Path(__file__).parent
+def run_interpreted(file: str) -> tuple[int, str]:
+    """Runs a test file in a process of its own: Triton reads TRITON_INTERPRET once, at import."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    with ExitStack() as stack:
-        runs = []
-        for file in ("test_kernels_interpreted.py", "test_attention_interpreted.py"):
-            run = subprocess.Popen(
-                [sys.executable, "-m", "pytest", "-q", "-x", str(here / file)],
-                cwd=here.parents[1], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )  # fmt: skip
-            stack.enter_context(run)
-            stack.callback(run.kill)
-            runs.append(run)
-        for run in runs:
-            output, _ = run.communicate()
-            assert run.returncode == 0, output[-7000:]
+    # Where this process is ended, so is the other.
+    signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here / file)]
+    run = subprocess.run(
+        command, cwd=here.parents[1], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return run.returncode, run.stdout
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, marks=pytest.mark.background(run_interpreted, file, seconds=100))
+        for file in ("test_kernels_interpreted.py", "test_attention_interpreted.py")
+    ],
+)
+def test_in_triton_interpreter(file: str, of_background: tuple[int, str]) -> None:
+    pytest.importorskip("triton")
+    code, output = of_background
+    assert code == 0, output[-7000:]
 
 
 def test_a_cpu_uses_the_references() -> None:

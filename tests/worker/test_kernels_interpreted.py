@@ -217,6 +217,7 @@ FILTERS = [  # temperature, top_k, top_p, min_p
     (1.0, 2**31 - 1, 0.4, 0.0),
     (1.0, 0, 1e-46, 0.0),
     (1.0, 7, 1e-3, 0.0),
+    (1.0, 2, 0.9, 0.0),
     (1.0, 0, 1.0, 0.1),
     (1.0, 0, 1.0, 1.0),
     (1.5, 20, 0.95, 0.05),
@@ -285,7 +286,7 @@ def test_filter_threshold(
                 assert threshold[row] == -torch.inf
                 continue
             must, may = kept_by_definition(logits[row].float(), temperature, top_k, top_p, min_p, 1e-6)
-            kept = (logits[row] >= threshold[row]) & (logits[row] > -torch.inf)
+            kept = (logits[row].float() >= threshold[row]) & (logits[row] > -torch.inf)
             assert not (must & ~kept).any(), (implementation is KERNELS, FILTERS[slots[row]])
             assert not (kept & ~may).any(), (implementation is KERNELS, FILTERS[slots[row]])
 
