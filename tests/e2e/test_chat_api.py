@@ -78,7 +78,7 @@ def test_thoughts_are_told_from_the_answer_whole_and_streamed(ai: OpenAI, client
     chunks = chunks_of(ai, SUM)
     expected = {"content": message.content, "reasoning_content": thoughts, "reasoning": thoughts, "calls": []}
     assert joined(chunks) == expected
-    assert len(chunks) > 15
+    assert len(chunks) > 4
     assert chunks[-1].choices[0].finish_reason == "stop"
 
 

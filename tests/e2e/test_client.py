@@ -200,7 +200,7 @@ def test_a_stream_adds_up_to_the_whole_answer(client: Client, prompt: Any) -> No
     call = client.generate if isinstance(prompt, str) else client.chat
     (whole,) = call(prompt, params, use_tqdm=False)
     chunks = list(client.stream(prompt, params))
-    assert len(chunks) > 5
+    assert len(chunks) > 2
     assert "".join(chunk.text for chunk in chunks) == whole.outputs[0].text
     assert [token for chunk in chunks for token in chunk.token_ids] == whole.outputs[0].token_ids
     assert {chunk.finish_reason for chunk in chunks[:-1]} == {None}

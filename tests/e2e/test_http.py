@@ -90,7 +90,7 @@ def test_a_chat_is_the_same_whole_streamed_and_over_ipc(
     *events, last = chunks
     assert "".join(event.choices[0].delta.content or "" for event in events) == choice.message.content
     assert not any("\ufffd" in (event.choices[0].delta.content or "") for event in events)
-    assert len(events) > 5
+    assert len(events) > 3
     assert events[0].choices[0].delta.role == "assistant"
     assert [event.choices[0].finish_reason for event in events[:-1]] == [None] * (len(events) - 1)
     assert events[-1].choices[0].finish_reason == choice.finish_reason

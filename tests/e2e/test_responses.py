@@ -65,7 +65,8 @@ def test_a_stream_makes_the_same_response(ai: OpenAI) -> None:
     thoughts = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
     assert "".join(said) == final.output_text == whole.output_text
     assert "".join(thoughts) == whole.output[0].content[0].text
-    assert min(len(said), len(thoughts)) > 3
+    # Not by how many tokens there are: those of several steps may come in one event.
+    assert len(said) + len(thoughts) > 3
     assert final.usage.output_tokens == whole.usage.output_tokens
     assert [event.sequence_number for event in events] == list(range(len(events)))
 
