@@ -42,6 +42,48 @@ def test_rate_concurrency_and_shared_prefix(engine: RunningEngine) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def run_suite(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.suite", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+
+
+def test_a_suite_starts_an_engine_for_its_workloads(tmp_path: Path) -> None:
+    result = run_suite("--workload", "b8", "--runs", "2", "--out", str(tmp_path), "--", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((tmp_path / "b8.json").read_text())["runs"]
+    assert [run["output_tokens"] for run in saved] == [8 * 512] * 2
+    low, high = sorted(run["output_rate"] for run in saved)
+    assert f"| b8, output tok/s | 8 | {(low + high) / 2:,.0f} | {low:,.0f} to {high:,.0f} |" in result.stdout
+    assert "| --no-enable-prefix-caching --max-num-seqs 8 |" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_suite_measures_a_server_in_use(tmp_path: Path) -> None:
+    flags = ("--workload", "idle,single", "--runs", "1", "--out", str(tmp_path), "--vocab-size", "2000")
+    result = run_suite(*flags, "--", "--device", "cpu")
+    assert result.returncode == 0, result.stderr
+    assert "| idle, ms | values | mean | p50 | p95 | p99 | max |" in result.stdout
+    assert "| single, output tok/s | 1 |" in result.stdout
+    assert "| default flags |" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--workload", "b8,fast"], "'fast' is none of nano, seed"),
+        (["--runs", "0"], "--runs must be positive, got 0"),
+        (["--workload", "b8", "--", "--model", "/nowhere"], "error: --model /nowhere: no such directory"),
+        (["--workload", "b8", "--", "--modell", "x"], "unrecognized arguments: --modell x"),
+        (["--workload", "idle", "--", "--device", "cpu", "--no-http"], "--workload idle goes over HTTP"),
+    ],
+    ids=["workload", "runs", "model", "flag", "no-http"],
+)
+def test_a_suite_says_why_it_cannot_measure(flags: list[str], error: str, tmp_path: Path) -> None:
+    result = run_suite("--out", str(tmp_path), *flags)
+    assert result.returncode == 2
+    assert error in result.stderr
+
+
 ONLINE = {
     "idle": ["--prompt-lens", "16,8192", "--num-requests", "2", "--streams", "2", "--output-len", "8"],
     "arrival": ["--num-requests", "3", "--streams", "6", "--stream-output-len", "60", "--request-rate", "20"],
