@@ -24,7 +24,7 @@ _TRIALS = 3  # more than one, since the driver takes memory for graphs in pieces
 _MOST_REPORTED = 64
 
 
-class Phase:
+class LoadingPhase:
     """A part of start-up, of which the launcher shows how much is done."""
 
     def __init__(self, child: ChildProcess | None, name: str, total: int) -> None:
@@ -73,7 +73,7 @@ def load_model(config: EngineConfig, device: torch.device, dtype: torch.dtype, c
     """The model with its weights, from files or at random."""
     model = create_model(config.model_config, select(device), config.max_model_len, device, dtype)
     layout = model.checkpoint_layout()
-    phase = Phase(child, "weights", len(layout))
+    phase = LoadingPhase(child, "weights", len(layout))
     if config.options.load_format == "dummy":
         randomize_weights(layout, phase.advance)
     else:
@@ -97,7 +97,7 @@ def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tupl
     # What graphs take is measured only where it decides: a worker that replaces another has its number of blocks.
     num_trials = _TRIALS if use_graphs and config.options.num_gpu_blocks_override is None else 0
     largest, small = runner.largest_steps() if device.type == "cuda" else [], runner.small_steps()
-    kernels = Phase(child, "kernels", len(largest) + num_trials + len(small))
+    kernels = LoadingPhase(child, "kernels", len(largest) + (num_trials and 1 + num_trials) + len(small))
     if device.type == "cuda":
         runner.program.set_kv_cache(allocate_kv_cache(config, 2, device, dtype))
         num_blocks = num_blocks_on_gpu(config, dtype, _peak_bytes(runner, largest, num_trials, kernels))
@@ -107,11 +107,11 @@ def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tupl
     runner.program.set_kv_cache(allocate_kv_cache(config, num_blocks, device, dtype))
     kernels.run(small)
     if use_graphs:
-        runner.use_graphs(runner.capture_graphs(Phase(child, "CUDA graphs", runner.num_graphs).advance))
+        runner.use_graphs(runner.capture_graphs(LoadingPhase(child, "CUDA graphs", runner.num_graphs).advance))
     return runner, WorkerReady(PROTOCOL_VERSION, config.epoch, num_blocks, config.block_size, max_model_len)
 
 
-def _peak_bytes(runner: StepRunner, largest: list[WarmUp], num_trials: int, phase: Phase) -> int:
+def _peak_bytes(runner: StepRunner, largest: list[WarmUp], num_trials: int, phase: LoadingPhase) -> int:
     """Most device memory in use while the `largest` steps run, and, with `num_trials`, what graphs will add to it.
 
     Measured with a cache of a few blocks: null rows read only the null block. Graphs are captured on trial, the largest
@@ -125,6 +125,7 @@ def _peak_bytes(runner: StepRunner, largest: list[WarmUp], num_trials: int, phas
     if not num_trials:
         return before + eager
     first = runner.capture_graphs(only_largest=True)
+    phase.advance()
     with_buffers = _used_bytes()
     trials = []
     for _ in range(num_trials):

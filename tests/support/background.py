@@ -7,11 +7,11 @@ another process, so it belongs to a module.
 
 from __future__ import annotations
 
-import contextlib
+import multiprocessing
 import os
+import time
 from collections.abc import Iterable
-from multiprocessing import get_context
-from multiprocessing.pool import AsyncResult
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -27,18 +27,21 @@ class Background:
         marked.sort(key=lambda each: -each[1].kwargs["seconds"])
         # Processes: in threads, Python 3.11's parser trips over another thread that parses (a SystemError about the
         # "recursion depth" of the AST), and Triton parses a kernel when it compiles it.
-        self._pool = get_context("spawn").Pool(2, initializer=_give_way)
-        self._results: dict[str, AsyncResult[Any]] = {
-            name: self._pool.apply_async(mark.args[0], mark.args[1:]) for name, mark in marked
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(2, mp_context=context, initializer=_give_way)
+        self._results: dict[str, Future[Any]] = {
+            name: self._pool.submit(mark.args[0], *mark.args[1:]) for name, mark in marked
         }
 
     def result(self, name: str) -> Any:
-        """Waits for the work of a test. What it raised is raised here."""
-        return self._results[name].get()
+        """Waits for the work of a test. What it raised is raised here, and an error if its process has died."""
+        return self._results[name].result()
 
     def close(self) -> None:
-        self._pool.terminate()
-        self._pool.join()
+        """Ends what still runs."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
 
 
 def _give_way() -> None:
@@ -46,5 +49,13 @@ def _give_way() -> None:
     # Where Linux shares the CPU out by session, which is its own then, a process' priority counts within it alone.
     os.setsid()
     os.nice(19)
-    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as autogroup:
-        autogroup.write("19")
+    for _ in range(20):
+        try:
+            with open("/proc/self/autogroup", "w") as autogroup:
+                autogroup.write("19")
+        except BlockingIOError:
+            time.sleep(0.15)  # Linux lets users change one of these in a tenth of a second
+        except OSError:
+            return  # it does not share it out so
+        else:
+            return

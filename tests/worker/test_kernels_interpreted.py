@@ -252,26 +252,41 @@ def around_zero(vocab: int) -> torch.Tensor:
     return logits
 
 
+def zeros_of_both_signs(vocab: int) -> torch.Tensor:
+    """The second highest is a zero, and as many as outweigh the highest are its equals, of the other sign."""
+    logits = -1 - torch.rand(vocab) * 10
+    logits[: vocab * 3 // 4] = -0.0
+    logits[7], logits[1] = 5.0, 0.0
+    return logits
+
+
 def extreme(vocab: int) -> torch.Tensor:
     logits = torch.randn(vocab) * 1e30
     logits[:2] = torch.tensor([3e38, -3e38])
     return logits
 
 
-@pytest.mark.parametrize("make", [spread, with_ties, all_equal, mostly_masked, around_zero, extreme])
 @pytest.mark.parametrize(
-    ("dtype", "most_groups"), [(torch.bfloat16, 1), (torch.bfloat16, 16), (torch.float16, 64), (torch.float32, 16)]
+    "make", [spread, with_ties, all_equal, mostly_masked, around_zero, zeros_of_both_signs, extreme]
+)
+@pytest.mark.parametrize(
+    ("dtype", "vocab", "most_groups"),
+    [(torch.bfloat16, 256, 1), (torch.bfloat16, 300, 16), (torch.float16, 300, 64), (torch.float32, 256, 16)],
 )
 def test_filter_threshold(
-    make: Callable[[int], torch.Tensor], dtype: torch.dtype, most_groups: int, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[int], torch.Tensor],
+    dtype: torch.dtype,
+    vocab: int,
+    most_groups: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The kernels keep what a sort keeps, with the vocabulary cut into stretches of 64 and groups of 8: 38, so that of
-    no row, some or all rows one program searches all that are left."""
+    """The kernels keep what a sort keeps, with the vocabulary cut into stretches of 64 and groups of 8, of which one
+    program searches as few, some, or all."""
     monkeypatch.setattr(gumbel_sample, "STRETCH", 64)
     monkeypatch.setattr(gumbel_sample, "GROUP", 8)
     monkeypatch.setattr(filter_groups, "MOST_GROUPS", most_groups)
     torch.manual_seed(5)
-    rows, vocab = len(FILTERS), 300
+    rows = len(FILTERS)
     logits = torch.stack([make(vocab) for _ in range(rows)]).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     logits = torch.where(logits.isfinite(), logits, -torch.inf).to(dtype)
     columns = [torch.tensor([*column, 0]) for column in zip(*FILTERS)]
@@ -282,7 +297,7 @@ def test_filter_threshold(
         threshold = implementation.filter_threshold(logits, slots, *options)
         for row in range(rows):
             temperature, top_k, top_p, min_p = FILTERS[slots[row]]
-            if temperature == 0 or (top_k in (0, vocab) and top_p == 1 and min_p == 0):
+            if temperature == 0 or (not 0 < top_k < vocab and top_p == 1 and min_p == 0):
                 assert threshold[row] == -torch.inf
                 continue
             must, may = kept_by_definition(logits[row].float(), temperature, top_k, top_p, min_p, 1e-6)
@@ -300,9 +315,13 @@ def test_rows_without_a_usable_logit_end_the_search() -> None:
     assert tokens.tolist() == [-1] * 4
 
 
-def test_what_a_row_keeps_and_draws_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few rows are split over more programs than many; sums are the same to the last bit."""
+@pytest.mark.parametrize("most_groups", [1, 128])
+def test_what_a_row_keeps_and_draws_does_not_depend_on_the_batch(
+    most_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In passes, few rows are split over more programs than many; sums are the same to the last bit."""
     monkeypatch.setattr(gumbel_sample, "STRETCH", 64)
+    monkeypatch.setattr(filter_groups, "MOST_GROUPS", most_groups)
     monkeypatch.setattr(filter_threshold, "_PROGRAMS", 8)
     logits = torch.randn(8, 500).to(torch.bfloat16)
     slots, ones = torch.arange(8, dtype=torch.int32), torch.ones(9)

@@ -12,9 +12,10 @@ KEY_SHIFT = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 
 @triton.jit
 def key_of(value, SHIFT: tl.constexpr):
-    """int32, in the order of the values; exact for values that the logits' type holds."""
+    """int32, in the order of the values; exact for values that the logits' type holds. Both zeros have the same."""
     bits = value.to(tl.int32, bitcast=True)
-    return tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) >> SHIFT
+    key = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF) >> SHIFT
+    return tl.where(key == -1, 0, key)
 
 
 @triton.jit

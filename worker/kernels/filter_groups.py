@@ -73,7 +73,8 @@ def load_groups(
 ):
     """[MOST_GROUPS, GROUP] fp32 logits of the selected groups, -inf where there are fewer and past the vocabulary.
 
-    `list_ptr` is where they may be listed, MOST_GROUPS int32 a row.
+    `list_ptr` is where they may be listed, MOST_GROUPS int32 a row. Not to be called with more groups selected: their
+    numbers would be written past the row's list.
     """
     chosen = selected.to(tl.int32)
     place = row * MOST_GROUPS + tl.cumsum(chosen, axis=0) - 1

@@ -303,10 +303,11 @@ def filter_threshold(
     smallest set that has a share top_p of the probability left. Tokens as likely as the last one kept are kept too
     (vLLM does the same for top-k; for top-p it keeps as many of them as the share needs).
 
-    Reads rows * vocab logits once for the stretches' maxima and masses. A row whose answer lies in more than
-    `MOST_GROUPS` groups is then read, by stretch, where the stretch has a logit that may matter, once a pass: 16
-    compares and additions a logit. A pass narrows the search 16-fold and `num_passes` are launched: a top-k or a top-p
-    takes 2 or 3, both together 3 to 5.
+    Reads rows * vocab logits once for the maxima of stretches and groups and the stretches' masses. A row whose answer
+    lies in at most `MOST_GROUPS` groups is then finished by one program, which reads the groups' maxima and those
+    groups' logits, and sums over them up to some 60 times. Any other row is read, by stretch, where the stretch has a
+    logit that may matter, once a pass: 16 compares and additions a logit. A pass narrows the search 16-fold and
+    `num_passes` are launched: a top-k or a top-p takes 2 or 3, both together 3 to 5.
 
     Args:
         logits: [rows, vocab] fp32, fp16 or bf16, rows may be strided.
