@@ -43,8 +43,11 @@ class EngineCore:
         config = child.config
         self._child = child
         self._config = config
-        self._stop_reader, stop_writer = os.pipe()
-        signal.signal(signal.SIGTERM, lambda *_: os.write(stop_writer, b"x"))
+        # Written as the signal comes. A handler in Python runs when the main thread wakes up, which a signal that comes
+        # just before it waits, or to another thread, does not make it do.
+        self._stop_reader, stop_writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(stop_writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
         self._depth = PIPELINE_DEPTH if config.options.async_scheduling else 1
         self._frontend_socket = open_socket(
             child.context, zmq.ROUTER, bind=config.core_address(config.epoch), max_message_bytes=UNLIMITED

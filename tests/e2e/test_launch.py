@@ -1,5 +1,6 @@
 """Starting, failing to start, and stopping, as a user sees it on the terminal."""
 
+import ctypes
 import json
 import os
 import re
@@ -81,6 +82,23 @@ def test_stopping_leaves_no_process_socket_or_file(start_engine: Start, signal_n
     assert engine.wait() == 0
     assert not [child for child in children if child.is_running()]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_to_any_thread_of_the_core_stops_it(start_engine: Start) -> None:
+    """The kernel may choose one, and the main thread, which waits, is then not woken by it."""
+    engine = start_engine("--port", "0").wait_until_ready()
+    core = engine.child("core.engine")
+    others = [
+        thread.id
+        for thread in core.threads()
+        if thread.id != core.pid
+        # ZeroMQ's threads take no signals.
+        and "SigBlk:\t0000000000000000" in Path(f"/proc/{core.pid}/task/{thread.id}/status").read_text()
+    ]
+    assert ctypes.CDLL(None, use_errno=True).tgkill(core.pid, others[0], signal.SIGTERM) == 0
+    core.wait(5)
+    engine.wait_for("recovered after")
+    assert engine.stop() == 0
 
 
 def test_stopping_while_starting_leaves_nothing(start_engine: Start, tmp_path: Path) -> None:
