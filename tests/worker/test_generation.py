@@ -19,14 +19,26 @@ MAX_TOKENS = 40
 FEW_BLOCKS = 18
 
 
-@pytest.fixture(scope="module", params=["bundled", "random"])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+Case = tuple[Path, list[list[int]], list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def made_cases() -> dict[str, Case]:
+    """Those there are, since making one takes seconds."""
+    return {}
+
+
+@pytest.fixture(params=["bundled", "random"])
+def case(request: pytest.FixtureRequest, made_cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Case:
     """(model, 64 prompts, what transformers answers)."""
-    model = MODEL_DIR if request.param == "bundled" else make_random_model(tmp_path_factory.mktemp("random-qwen3"))
-    prompts = random_prompts(64, reference_model(model).config.vocab_size)
-    # Some share their beginning, so that the prefix cache has something to find.
-    prompts[40:50] = [[*prompts[9][:64], *prompt[:20]] for prompt in prompts[40:50]]
-    return model, prompts, greedy_reference(model, prompts, MAX_TOKENS)
+    if request.param not in made_cases:
+        is_bundled = request.param == "bundled"
+        model = MODEL_DIR if is_bundled else make_random_model(tmp_path_factory.mktemp("random-qwen3"))
+        prompts = random_prompts(64, reference_model(model).config.vocab_size)
+        # Some share their beginning, so that the prefix cache has something to find.
+        prompts[40:50] = [[*prompts[9][:64], *prompt[:20]] for prompt in prompts[40:50]]
+        made_cases[request.param] = model, prompts, greedy_reference(model, prompts, MAX_TOKENS)
+    return made_cases[request.param]
 
 
 def every_combination_on_one_model() -> list[Any]:
@@ -50,7 +62,7 @@ def every_combination_on_one_model() -> list[Any]:
     ("case", "num_blocks", "budget", "caching", "async_scheduling"), every_combination_on_one_model(), indirect=["case"]
 )
 def test_greedy_tokens_equal_transformers(
-    case: tuple[Path, list[list[int]], list[list[int]]],
+    case: Case,
     num_blocks: int | None,
     budget: int,
     caching: bool,
@@ -80,9 +92,7 @@ def test_greedy_tokens_equal_transformers(
 
 
 @pytest.mark.parametrize("num_blocks", [FEW_BLOCKS, None], ids=["few-blocks", "blocks"])
-def test_greedy_tokens_are_the_same_when_step_time_is_bounded(
-    case: tuple[Path, list[list[int]], list[list[int]]], num_blocks: int | None
-) -> None:
+def test_greedy_tokens_are_the_same_when_step_time_is_bounded(case: Case, num_blocks: int | None) -> None:
     model, prompts, expected = case
     step_time = StepTimeModel(1e-3, RelativeCosts(pair=1e-3, cached_token=1e-3), min_chunk=16)
     # Decodes are fast and prefill slow, so that all but the first prompts come in chunks of a block.
@@ -100,7 +110,7 @@ def test_greedy_tokens_are_the_same_when_step_time_is_bounded(
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
 @pytest.mark.parametrize("num_blocks", [FEW_BLOCKS, None], ids=["few-blocks", "blocks"])
 def test_greedy_tokens_are_the_same_when_prompts_are_computed_layer_by_layer(
-    case: tuple[Path, list[list[int]], list[list[int]]],
+    case: Case,
     num_blocks: int | None,
     caching: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -134,7 +144,7 @@ def test_greedy_tokens_are_the_same_when_prompts_are_computed_layer_by_layer(
 
 
 def test_a_prompt_may_share_a_block_that_a_decode_fills_beside_its_first_layers(
-    case: tuple[Path, list[list[int]], list[list[int]]], monkeypatch: pytest.MonkeyPatch
+    case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("core.step_time.MOST_STEPS_OF_QUEUE", 1_000_000)
     model, prompts, _ = case
