@@ -11,11 +11,14 @@ import torch
 
 from protocol.messages import AdmittedSlot, Step, unpack_ints
 from worker.kernels import Ops
-from worker.kernels.apply_changes import FIELDS
+from worker.kernels.apply_changes import FIELDS, HEADER, pack_request
 from worker.sampling_variant import variant_of
 
 # Steps whose staging buffers may still be read by the device. More than are ever in flight.
 RING_SIZE = 4
+# Changes of a step, in int32, that a graph brings to the device, always so many. Only steps that admit prompts of some
+# 16,000 tokens together have more.
+SMALL_CHANGES = 2048
 # Where a slot's number of log-probabilities is kept: it wants none. -1 is all.
 NO_LOGPROBS = -2
 
@@ -25,6 +28,9 @@ class StagingRing:
 
     Copies and kernels share a stream, so the device buffer is overwritten only after the step before has read it; the
     ring is for the host, which writes a later step's values while earlier copies may not have begun.
+
+    Attributes:
+        turn: which host buffer is being filled, or was last.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -33,25 +39,34 @@ class StagingRing:
             torch.zeros(capacity, dtype=torch.int32, device="cpu", pin_memory=on_gpu) for _ in range(RING_SIZE)
         ]
         self._copied = [torch.cuda.Event() if on_gpu else None for _ in range(RING_SIZE)]
-        self._turn = 0
+        self.turn = 0
         self.device_buffer = torch.zeros(capacity, dtype=torch.int32, device=device)
 
     def next_host_buffer(self) -> np.ndarray:
         """An int32 buffer to fill, once its last copy is done; `send` copies it."""
-        self._turn = (self._turn + 1) % RING_SIZE
-        copied = self._copied[self._turn]
+        self.turn = (self.turn + 1) % RING_SIZE
+        copied = self._copied[self.turn]
         if copied is not None:
             copied.synchronize()
-        return self._host[self._turn].numpy()
+        return self._host[self.turn].numpy()
 
     def send(self, start: int, end: int) -> torch.Tensor:
         """Copies elements `start..end-1` to the device; returns them there."""
+        target = self.copy(self.turn, start, end)
+        self.note_sent()
+        return target
+
+    def copy(self, turn: int, start: int, end: int) -> torch.Tensor:
+        """As `send`, of any of the buffers, and to be followed by `note_sent`. Can be captured."""
         target = self.device_buffer[start:end]
-        target.copy_(self._host[self._turn][start:end], non_blocking=True)
-        copied = self._copied[self._turn]
+        target.copy_(self._host[turn][start:end], non_blocking=True)
+        return target
+
+    def note_sent(self) -> None:
+        """What has been launched so far may read the buffer whose turn it is."""
+        copied = self._copied[self.turn]
         if copied is not None:
             copied.record()
-        return target
 
 
 class BatchState:
@@ -76,7 +91,8 @@ class BatchState:
         self.min_p = zeros(rows, dtype=torch.float32)
         self.seed = zeros(rows, dtype=torch.int64)
         # At most: every slot admitted with a full table, in one step.
-        self._staging = StagingRing(num_slots * (FIELDS + 2 * self.max_blocks), device)
+        most_changes = HEADER + num_slots * (FIELDS + 2 * self.max_blocks)
+        self.staging = StagingRing(max(most_changes, SMALL_CHANGES), device)
         # The host's own view, by slot.
         self.known_tokens: list[np.ndarray] = [np.empty(0, np.int32)] * num_slots
         self.host_lens = np.zeros(num_slots, np.int64)
@@ -85,46 +101,54 @@ class BatchState:
         self.host_prompt_logprobs = np.full(num_slots, NO_LOGPROBS, np.int32)
         self.host_variant = np.zeros(num_slots, np.int8)  # the `SamplingVariant` that its options need
 
-    def apply_changes(self, step: Step) -> None:
-        """Takes what a step changes into the host's view and, if anything did, to the device in one copy."""
+    def stage_changes(self, step: Step) -> int:
+        """Takes what a step changes into the host's view, and what of it the device must know into a staging buffer.
+
+        Returns how many int32 that is; 0 if nothing changes.
+        """
         for slot in unpack_ints(step.released_slots).tolist():
             self.known_tokens[slot] = np.empty(0, np.int32)
-        scalars = np.empty((FIELDS, len(step.admitted)), np.int32)
-        slots = [unpack_ints(step.new_block_slots)]
-        positions = [unpack_ints(step.new_block_positions)]
+        if not step.admitted and not step.new_block_slots:
+            return 0
+        for admitted in step.admitted:
+            self._admit(admitted)
+        entries = [unpack_ints(step.new_block_slots) * self.max_blocks + unpack_ints(step.new_block_positions)]
         blocks = [unpack_ints(step.new_block_ids)]
-        for index, admitted in enumerate(step.admitted):
-            scalars[:, index] = self._admit(admitted)
-            block_ids = unpack_ints(admitted.block_ids)
-            slots.append(np.full(len(block_ids), admitted.slot, np.int32))
-            positions.append(np.arange(len(block_ids), dtype=np.int32))
-            blocks.append(block_ids)
-        entries = np.concatenate(slots) * self.max_blocks + np.concatenate(positions)
-        if len(entries) or scalars.size:
-            self._send(scalars.reshape(-1), entries, np.concatenate(blocks))
+        for admitted in step.admitted:
+            blocks.append(unpack_ints(admitted.block_ids))
+            entries.append(admitted.slot * self.max_blocks + np.arange(len(blocks[-1]), dtype=np.int32))
+        return self._stage(list(map(pack_request, step.admitted)), entries, blocks)
+
+    def bring_changes(self, turn: int, count: int) -> None:
+        """Copies `count` int32 of a staging buffer to the device, and applies what they say. Can be captured."""
+        self._ops.apply_changes(
+            self.staging.copy(turn, 0, count), self.block_table, self.seq_lens, self.top_k, self.temperature,
+            self.top_p, self.min_p, self.seed,
+        )  # fmt: skip
 
     def forget_all(self) -> None:
         """Empties the slots. What the device has of them is overwritten when they are taken."""
         self.known_tokens = [np.empty(0, np.int32)] * self.num_slots
 
     def warm_up(self) -> None:
-        """Uses what `apply_changes` uses, on the null slot, which nothing reads."""
-        scalars = np.zeros(FIELDS, np.int32)
-        scalars[0] = self.null_slot
-        self._send(scalars, np.array([self.null_slot * self.max_blocks]), np.zeros(1, np.int32))
+        """Uses what a step's changes use, on the null slot, which nothing reads."""
+        admitted = AdmittedSlot(self.null_slot, b"", 0, 0, b"", 0.0, 0, 0.0, 0.0, 0)
+        entry, block = np.array([self.null_slot * self.max_blocks], np.int32), np.zeros(1, np.int32)
+        count = self._stage([pack_request(admitted)], [entry], [block])
+        self.bring_changes(self.staging.turn, count)
+        self.staging.note_sent()
 
-    def _send(self, scalars: np.ndarray, entries: np.ndarray, blocks: np.ndarray) -> None:
-        parts = (scalars, entries, blocks)
-        total = sum(map(len, parts))
-        np.concatenate(parts, out=self._staging.next_host_buffer()[:total])
-        on_device = self._staging.send(0, total)
-        fields, indices, block_ids = on_device.split([len(part) for part in parts])
-        self._ops.apply_changes(
-            fields.view(FIELDS, len(fields) // FIELDS), indices, block_ids, self.block_table, self.seq_lens,
-            self.top_k, self.temperature, self.top_p, self.min_p, self.seed,
-        )  # fmt: skip
+    def _stage(self, requests: list[bytes], entries: list[np.ndarray], blocks: list[np.ndarray]) -> int:
+        """Writes what `apply_changes` reads; returns how many int32."""
+        host = self.staging.next_host_buffer()
+        host[:HEADER] = len(requests), sum(map(len, entries))
+        end = HEADER
+        for values in (unpack_ints(b"".join(requests)), *entries, *blocks):
+            host[end : end + len(values)] = values
+            end += len(values)
+        return end
 
-    def _admit(self, admitted: AdmittedSlot) -> np.ndarray:
+    def _admit(self, admitted: AdmittedSlot) -> None:
         slot = admitted.slot
         self.known_tokens[slot] = unpack_ints(admitted.token_ids)
         self.host_lens[slot] = admitted.num_computed_tokens
@@ -133,7 +157,3 @@ class BatchState:
         wanted = admitted.num_prompt_logprobs
         self.host_prompt_logprobs[slot] = NO_LOGPROBS if wanted is None else wanted
         self.host_variant[slot] = variant_of(admitted)
-        floats = np.array([admitted.temperature, admitted.top_p, admitted.min_p], np.float32).view(np.int32)
-        seed = np.array([admitted.seed], np.int64).view(np.int32)
-        integers = [slot, admitted.num_computed_tokens, admitted.top_k]
-        return np.concatenate([np.array(integers, np.int32), floats, seed])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from protocol.messages import LEAST_LAYERED_TOKENS
 # Launching a forward pass kernel by kernel takes the host longer than it takes the GPU to run one of 4,000 tokens;
 # beyond twice that, launches hide behind the work and a step runs eagerly.
 _MOST_CAPTURED_TOKENS = 8192
+# A prompt of so many tokens is computed in a graph that has no place for decodes, if there are none.
+_MOST_ALONE = 1024
 # Decode steps of so many rows are one graph: what a second launch costs the GPU can be felt in them.
 MOST_ROWS_OF_ONE_GRAPH = 64
 
@@ -33,6 +36,13 @@ def token_buckets(max_num_batched_tokens: int) -> list[int]:
     return sorted(size for size in sizes if size <= most)
 
 
+def prefill_only_buckets(buckets: list[int]) -> list[int]:
+    """Those token counts whose steps are captured without decode rows, too: small ones, since nothing hides an empty
+    kernel from a prompt that comes alone, and the largest, in which a queue of long prompts is computed, step after
+    step."""
+    return [size for size in buckets if size <= _MOST_ALONE or size == buckets[-1]]
+
+
 def layered_buckets(max_tokens: int) -> list[int]:
     """Token counts that chunks of at most `max_tokens` are padded to which are computed layer by layer, a graph a
     layer."""
@@ -44,6 +54,13 @@ def bucket_for(buckets: list[int], size: int) -> int | None:
     """The smallest bucket that holds `size`; None if none does."""
     index = bisect_left(buckets, size)
     return buckets[index] if index < len(buckets) else None
+
+
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    """The stream that graphs are captured on, which cannot be the default one. It is one for all, as cuBLAS keeps a
+    workspace for each."""
+    return torch.cuda.Stream()
 
 
 class GraphCache:
@@ -64,13 +81,20 @@ class GraphCache:
 
         It must read and write buffers that outlive the graph, and its device work must not depend on host values that
         change. Largest keys first: later, smaller ones then fit in the pool's memory.
+
+        `torch.cuda.graph` would do the same, and give back what the allocator has cached before each capture, so that
+        every warm-up asks the driver for its memory anew.
         """
         if warm_up:
             function()
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            function()
+        with torch.cuda.stream(_capture_stream()):
+            graph.capture_begin(pool=self._pool)
+            try:
+                function()
+            finally:
+                graph.capture_end()
         self._graphs[key] = graph
 
     def replay(self, key: Hashable) -> bool:

@@ -17,13 +17,14 @@ import torch
 
 from protocol.config import EngineConfig
 from protocol.messages import Step, StepMasks, unpack_ints
-from worker.batch_state import BatchState
+from worker.batch_state import RING_SIZE, SMALL_CHANGES, BatchState
 from worker.graphs import (
     MOST_ROWS_OF_ONE_GRAPH,
     GraphCache,
     batch_buckets,
     bucket_for,
     layered_buckets,
+    prefill_only_buckets,
     token_buckets,
 )
 from worker.kernels import Ops
@@ -74,6 +75,7 @@ class StepRunner:
         # The other backends need the number of decode rows on the host, so their steps with prefill run eagerly.
         can_capture = config.attention_backend == "triton"
         self._token_buckets = token_buckets(max_tokens) if can_capture else []
+        self._prefill_only_buckets = prefill_only_buckets(self._token_buckets)
         may_layer = can_capture and config.options.max_step_ms > 0 and self._num_layers > 1
         self._layered_buckets = layered_buckets(min(max_tokens, config.max_model_len)) if may_layer else []
         vocab_size, eos = config.model_config.vocab_size, config.model_config.eos_token_ids
@@ -97,7 +99,7 @@ class StepRunner:
         Of a step that needs masks, launches the forward pass, and returns None: `finish` does the rest.
         """
         assert self._held is None, f"step {step.step_id} came before the masks of the step before"
-        self.state.apply_changes(step)
+        self._bring_changes(step)
         for admitted in step.admitted:
             self._edits.admit(admitted)
         decode_changed = step.decode_slots is not None
@@ -125,6 +127,16 @@ class StepRunner:
         self._decode_slots = np.empty(0, np.int32)
         self._sent_decode_rows = None
         self.state.forget_all()
+
+    def _bring_changes(self, step: Step) -> None:
+        """Before the step runs, what it changes comes to its slots; in most steps that is nothing, or little."""
+        state = self.state
+        count = state.stage_changes(step)
+        if not count:
+            return
+        if count > SMALL_CHANGES or not self._replay(("changes", state.staging.turn)):
+            state.bring_changes(state.staging.turn, count)
+        state.staging.note_sent()
 
     def _execute_decode(self, step: Step, changed: bool) -> PendingTokens | None:
         """A step of decode rows alone. One equal to the last step copies nothing to the device."""
@@ -171,7 +183,7 @@ class StepRunner:
                 max_kv_len=int(state.host_lens[row_slots].max()),
             )
         else:
-            shape = self._mixed_shape(bucket, prefill_only=bucket == self._token_buckets[-1] and not len(decode))
+            shape = self._mixed_shape(bucket, prefill_only=not len(decode) and bucket in self._prefill_only_buckets)
         self._inputs.send(
             StepRows(
                 row_slots=pad(row_slots, shape.num_rows, state.null_slot),
@@ -277,13 +289,11 @@ class StepRunner:
         rows = min(tokens, self.state.num_slots)
         return ForwardShape(0 if prefill_only else None, rows, tokens, rows, tokens, self._max_model_len)
 
-    def _mixed_sizes(self) -> list[tuple[int, bool]]:
-        """The sizes of steps with prefill that are captured, and whether without decode rows, largest first.
-
-        The largest is captured both ways: a queue of long prompts is computed in it, step after step.
-        """
-        sizes = [(tokens, False) for tokens in self._token_buckets[::-1]]
-        return [(sizes[0][0], True), *sizes] if sizes else []
+    def _mixed_shapes(self) -> list[ForwardShape]:
+        """Those of steps with prefill that are captured, largest first."""
+        sizes = [(tokens, True) for tokens in self._prefill_only_buckets]
+        sizes += [(tokens, False) for tokens in self._token_buckets]
+        return [self._mixed_shape(tokens, prefill_only) for tokens, prefill_only in sorted(sizes, reverse=True)]
 
     def _decode_rows(self, slots: np.ndarray, rows: int) -> StepRows:
         counting = np.arange(rows + 1, dtype=np.int32)
@@ -336,11 +346,13 @@ class StepRunner:
         The steps are run on null slots, so the batch's state stays as it is.
         """
         graphs = GraphCache(like)
+        torch.cuda.empty_cache()
         with torch.inference_mode():
             for capture in self._captures(only_largest):
                 graphs.capture(capture.key, capture.launch, capture.warm_up and like is None)
                 if on_graph is not None:
                     on_graph()
+        torch.cuda.empty_cache()
         self._sent_decode_rows = None
         return graphs
 
@@ -354,10 +366,11 @@ class StepRunner:
             *self._mixed_captures(only_largest),
             *self._layered_captures(only_largest),
             *self._decode_captures(only_largest),
+            *self._change_captures(only_largest),
         ]
 
     def _mixed_captures(self, only_largest: bool) -> list[Capture]:
-        shapes = [self._mixed_shape(tokens, prefill_only) for tokens, prefill_only in self._mixed_sizes()]
+        shapes = self._mixed_shapes()
         return [Capture(shape, partial(self._run_null_mixed, shape)) for shape in shapes[: 1 if only_largest else None]]
 
     def _layered_captures(self, only_largest: bool) -> list[Capture]:
@@ -382,6 +395,15 @@ class StepRunner:
                     whole = partial(self.program.decode, shape, variant)
                     captures.append(Capture((shape, variant), whole, warm_up=False))
         return captures
+
+    def _change_captures(self, only_largest: bool) -> list[Capture]:
+        """For each staging buffer, bringing what is in it to the slots: launched one by one, a copy and a kernel take
+        the host longer than all else before a prompt's forward pass. What is in them now was brought, or is nothing."""
+        turns = range(1 if only_largest else RING_SIZE)
+        return [
+            Capture(("changes", turn), partial(self.state.bring_changes, turn, SMALL_CHANGES), warm_up=turn == 0)
+            for turn in turns
+        ]
 
     def _run_null_mixed(self, shape: ForwardShape) -> None:
         if not torch.cuda.is_current_stream_capturing():

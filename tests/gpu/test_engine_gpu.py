@@ -1,6 +1,7 @@
 """The engine on a GPU in bf16: graphs equal eager, backends agree, and the error is the number format's own."""
 
 import gc
+import random
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.support.engine import InProcessEngine
 from tests.support.models import make_random_model, random_prompts, reference_model
 
 VOCAB = 4096
-# The number of blocks is set, since several engines share the device here.
+# The number of blocks is set, since several engines share the device here, and processes where tests run in parallel.
 OPTIONS = {
     "device": "cuda",
     "dtype": "bfloat16",
@@ -52,7 +53,9 @@ def greedy(max_tokens: int = 40) -> SamplingParams:
 
 
 def engine(model: Path, step_time: StepTimeModel | None = None, **options: object) -> InProcessEngine:
-    return InProcessEngine(model, step_time, **(OPTIONS | options))
+    has_large_blocks = options.get("attention_backend") == "flash_attn" or options.get("block_size") == 256
+    blocks = {"num_gpu_blocks_override": 512} if has_large_blocks else {}
+    return InProcessEngine(model, step_time, **(OPTIONS | blocks | options))
 
 
 def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> StepTimeModel:
@@ -123,6 +126,21 @@ def test_graphs_and_eager_give_the_same_tokens(model: Path, prompts: list[list[i
     ]
     with_graphs = engine(model).generate(prompts, params)
     assert engine(model, enforce_eager=True).generate(prompts, params) == with_graphs
+
+
+def test_prompts_that_come_alone_give_the_same_tokens_with_graphs_and_eager(model: Path, bf16_error: Bf16Error) -> None:
+    """One after another, so that none of their steps has decodes: these have graphs of their own."""
+    with_graphs, eager = engine(model), engine(model, enforce_eager=True)
+
+    def answers(lengths: list[int]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        prompts = [random.Random(length).choices(range(VOCAB), k=length) for length in lengths]
+        alone = [[running.generate([each], greedy())[0] for each in prompts] for running in (with_graphs, eager)]
+        return prompts, *alone
+
+    # Of the sizes that are captured, nothing is padded, and all is computed in the same shapes.
+    _, first, second = answers([16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024])
+    assert first == second
+    assert_equal_up_to_ties(model, *answers([3, 40, 100, 130, 300, 500, 700, 1000, 1100]), bf16_error)
 
 
 def edited(count: int) -> tuple[list[SamplingParams], list[list[list[int]]]]:

@@ -52,7 +52,7 @@ ELEMENT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INT32_POINTERS = {
     "row_slots_ptr", "query_start_ptr", "seq_lens_ptr", "block_table_ptr", "positions_ptr", "kv_lens_ptr",
     "items_ptr", "num_items_ptr", "arrived_ptr", "index_ptr", "status_ptr", "token_ptr",
-    "fields_ptr", "entries_ptr", "block_ids_ptr", "group_list_ptr",
+    "changes_ptr", "group_list_ptr",
     "decode_rows_ptr", "last_token_ptr", "token_ids_ptr", "top_k_ptr", "keys_ptr", "last_keys_ptr",
     "tiles_ptr", "shares_ptr", "plan_ptr", "headers_ptr", "bias_ids_ptr", "bad_words_ptr", "recent_ptr", "allowed_ptr",
 }  # fmt: skip
@@ -233,7 +233,8 @@ def check_small_kernels(capability: tuple[int, int]) -> None:
         used = shared_memory(tiled_linear._tiled_linear_kernel, capability, bf16, constants, **options)
         # Only devices with the memory for it run it.
         assert used <= limit or small_memory, f"tiled {outputs} x {inputs}: {used} bytes"
-    assert shared_memory(apply_changes._apply_changes_kernel, capability, bf16, {"BLOCK": 256}) <= limit
+    constants = {"HEADER": apply_changes.HEADER, "FIELDS": apply_changes.FIELDS, "BLOCK": 256}
+    assert shared_memory(apply_changes._apply_changes_kernel, capability, bf16, constants) <= limit
     for kernel in (commit_step._commit_lengths_kernel, commit_step._commit_tokens_kernel):
         assert shared_memory(kernel, capability, bf16, {"BLOCK": 128}) <= limit
     constants = {"BLOCK_SIZE": 16, "BLOCK": 128}

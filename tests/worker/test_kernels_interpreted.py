@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,10 +17,11 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_kernels.py in Triton's interpreter", allow_module_level=True)
 
 from protocol.logit_edits import LogitEdits
+from protocol.messages import AdmittedSlot
 from tests.support.edit_tables import admitted, random_edits
 from tests.support.sampling import assert_drawn_from, kept_by_definition
 from worker.kernels import filter_groups, filter_threshold, gumbel_sample, ops
-from worker.kernels.apply_changes import FIELDS
+from worker.kernels.apply_changes import pack_request
 from worker.kernels.gumbel_sample import gumbel_noise
 from worker.slot_edits import SlotEdits
 
@@ -43,27 +45,38 @@ def test_silu_mul(tokens: int, intermediate: int) -> None:
     torch.testing.assert_close(KERNELS.silu_mul(gate_up), REFERENCES.silu_mul(gate_up))
 
 
-@pytest.mark.parametrize(("requests", "entries"), [(0, 1), (1, 0), (3, 40), (2, 700), (5, 3)])
-def test_apply_changes(requests: int, entries: int) -> None:
+@pytest.mark.parametrize("rest", [0, 600])
+@pytest.mark.parametrize(("requests", "entries"), [(0, 0), (0, 1), (1, 0), (3, 40), (2, 700), (5, 3)])
+def test_apply_changes(requests: int, entries: int, rest: int) -> None:
     rows, width = 9, 100
-    fields = torch.zeros(FIELDS, requests, dtype=torch.int32)
-    fields[0] = torch.randperm(rows)[:requests]
-    fields[1:3] = torch.randint(0, 10_000, (2, requests))
-    fields[3:6] = torch.rand(3, requests).view(torch.int32)
-    fields[6:] = torch.randint(-(2**31), 2**31, (2, requests))
+    slots, seeds = torch.randperm(rows)[:requests].tolist(), torch.randint(-(2**63), 2**63 - 1, (requests,))
+    admitted = [
+        AdmittedSlot(slot, b"", 0, 10 + slot, b"", 0.1 + slot, 20 + slot, 0.2 + slot, 0.3 + slot, int(seed))
+        for slot, seed in zip(slots, seeds, strict=True)
+    ]
     indices = torch.randperm(rows * width)[:entries].int()
     blocks = torch.randint(0, 10_000, (entries,), dtype=torch.int32)
+    packed = np.frombuffer(b"".join(map(pack_request, admitted)), np.int32).copy()
+    # What follows is no business of this step.
+    unread = torch.randint(0, rows * width, (rest,), dtype=torch.int32)
+    counts = torch.tensor([requests, entries], dtype=torch.int32)
+    changes = torch.cat([counts, torch.from_numpy(packed), indices, blocks, unread])
     results = []
     for implementation in (KERNELS, REFERENCES):
         ints, floats = torch.ones(2, rows, dtype=torch.int32), torch.ones(3, rows)
         tables = [torch.ones(rows, width, dtype=torch.int32), *ints, *floats, torch.ones(rows, dtype=torch.int64)]
-        implementation.apply_changes(fields, indices, blocks, *tables)
+        implementation.apply_changes(changes, *tables)
         results.append(tables)
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
-    seeds = results[0][-1][fields[0].long()]
-    assert torch.equal(seeds & 0xFFFFFFFF, fields[6].long() & 0xFFFFFFFF)
-    assert torch.equal(seeds >> 32, fields[7].long())
+    table, seq_lens, top_k, temperature, top_p, min_p, seed = results[0]
+    assert torch.equal(table.view(-1)[indices], blocks)
+    assert (table != 1).sum() <= entries
+    assert torch.equal(seed[slots], seeds)
+    for slot in slots:
+        assert (seq_lens[slot], top_k[slot]) == (10 + slot, 20 + slot)
+        got = torch.stack([temperature[slot], top_p[slot], min_p[slot]])
+        torch.testing.assert_close(got, torch.tensor([0.1, 0.2, 0.3]) + slot)
 
 
 FEW_ROWS = [(rows, shape) for rows in (0, 1, 2, 3, 8, 16) for shape in ((48, 64), (50, 100), (130, 1030), (3, 2100))]

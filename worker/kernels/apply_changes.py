@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 
+from protocol.messages import AdmittedSlot
 from worker.kernels._triton import cdiv, tl, triton
 
-# What is set with a request, int32 each: slot, cached length, top_k, the bits of temperature, top_p and min_p, and both
-# halves of the seed, low one first.
-FIELDS = 8
+# What is set with a request, one after another: slot, cached length, top_k, temperature, top_p, min_p, seed.
+_REQUEST = struct.Struct("<3i3fq")
+FIELDS = _REQUEST.size // 4
+HEADER = 2  # how many requests and entries follow
 _BLOCK = 256
 
 
-@triton.jit(
-    do_not_specialize=["num_requests", "num_entries"], do_not_specialize_on_alignment=["entries_ptr", "block_ids_ptr"]
-)
+def pack_request(admitted: AdmittedSlot) -> bytes:
+    """FIELDS int32 for the kernel."""
+    return _REQUEST.pack(
+        admitted.slot, admitted.num_computed_tokens, admitted.top_k,
+        admitted.temperature, admitted.top_p, admitted.min_p, admitted.seed,
+    )  # fmt: skip
+
+
+@triton.jit
 def _apply_changes_kernel(
-    fields_ptr,
-    entries_ptr,
-    block_ids_ptr,
+    changes_ptr,
     block_table_ptr,
     seq_lens_ptr,
     top_k_ptr,
@@ -26,34 +34,38 @@ def _apply_changes_kernel(
     top_p_ptr,
     min_p_ptr,
     seeds_ptr,
-    num_requests,
-    num_entries,
+    HEADER: tl.constexpr,
+    FIELDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_entry = index < num_entries
-    entry = tl.load(entries_ptr + index, mask=is_entry, other=0)
-    tl.store(block_table_ptr + entry, tl.load(block_ids_ptr + index, mask=is_entry, other=0), mask=is_entry)
-    mask = index < num_requests
-    field_ptr = fields_ptr + index
-    slot = tl.load(field_ptr, mask=mask, other=0)
-    tl.store(seq_lens_ptr + slot, tl.load(field_ptr + num_requests, mask=mask, other=0), mask=mask)
-    tl.store(top_k_ptr + slot, tl.load(field_ptr + 2 * num_requests, mask=mask, other=0), mask=mask)
-    for_floats = tl.load(field_ptr + 3 * num_requests, mask=mask, other=0)
-    tl.store(temperature_ptr + slot, for_floats.to(tl.float32, bitcast=True), mask=mask)
-    for_floats = tl.load(field_ptr + 4 * num_requests, mask=mask, other=0)
-    tl.store(top_p_ptr + slot, for_floats.to(tl.float32, bitcast=True), mask=mask)
-    for_floats = tl.load(field_ptr + 5 * num_requests, mask=mask, other=0)
-    tl.store(min_p_ptr + slot, for_floats.to(tl.float32, bitcast=True), mask=mask)
-    low = tl.load(field_ptr + 6 * num_requests, mask=mask, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
-    high = tl.load(field_ptr + 7 * num_requests, mask=mask, other=0).to(tl.int64)
-    tl.store(seeds_ptr + slot, (high << 32) | low, mask=mask)
+    num_requests = tl.load(changes_ptr)
+    num_entries = tl.load(changes_ptr + 1)
+    entries_ptr = changes_ptr + HEADER + num_requests * FIELDS
+    first = tl.program_id(0) * BLOCK
+    for start in range(first, tl.maximum(num_requests, num_entries), tl.num_programs(0) * BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        is_entry = index < num_entries
+        entry = tl.load(entries_ptr + index, mask=is_entry, other=0)
+        block = tl.load(entries_ptr + num_entries + index, mask=is_entry, other=0)
+        tl.store(block_table_ptr + entry, block, mask=is_entry)
+        mask = index < num_requests
+        field_ptr = changes_ptr + HEADER + index * FIELDS
+        slot = tl.load(field_ptr, mask=mask, other=0)
+        tl.store(seq_lens_ptr + slot, tl.load(field_ptr + 1, mask=mask, other=0), mask=mask)
+        tl.store(top_k_ptr + slot, tl.load(field_ptr + 2, mask=mask, other=0), mask=mask)
+        temperature = tl.load(field_ptr + 3, mask=mask, other=0).to(tl.float32, bitcast=True)
+        tl.store(temperature_ptr + slot, temperature, mask=mask)
+        top_p = tl.load(field_ptr + 4, mask=mask, other=0).to(tl.float32, bitcast=True)
+        tl.store(top_p_ptr + slot, top_p, mask=mask)
+        min_p = tl.load(field_ptr + 5, mask=mask, other=0).to(tl.float32, bitcast=True)
+        tl.store(min_p_ptr + slot, min_p, mask=mask)
+        low = tl.load(field_ptr + 6, mask=mask, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+        high = tl.load(field_ptr + 7, mask=mask, other=0).to(tl.int64)
+        tl.store(seeds_ptr + slot, (high << 32) | low, mask=mask)
 
 
 def apply_changes(
-    fields: torch.Tensor,
-    entries: torch.Tensor,
-    block_ids: torch.Tensor,
+    changes: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     top_k: torch.Tensor,
@@ -65,25 +77,22 @@ def apply_changes(
     """Writes a step's changes to their slots, in one launch: it stands before the step's first kernel.
 
     Args:
-        fields: [FIELDS, requests] int32, contiguous; slots are distinct.
-        entries: [n] int32, indices into the flat block table, distinct.
-        block_ids: [n] int32, what these become.
+        changes: [n] int32, contiguous: the numbers of requests and of entries, then for each request FIELDS int32
+            (`pack_request`; slots are distinct), then the entries, which are distinct indices into the flat block
+            table, then what these become. What follows is not read, so that one size serves many.
         block_table: [slots + 1, max_blocks] int32, contiguous, written, and so are the following, [slots + 1] each:
         seq_lens, top_k: int32.
         temperature, top_p, min_p: float32.
         seeds: int64.
     """
-    num_requests, num_entries = fields.shape[1], entries.shape[0]
-    _apply_changes_kernel[(cdiv(max(num_requests, num_entries, 1), _BLOCK),)](
-        fields, entries, block_ids, block_table, seq_lens, top_k, temperature, top_p, min_p, seeds,
-        num_requests, num_entries, BLOCK=_BLOCK, num_warps=4,
+    _apply_changes_kernel[(cdiv(changes.shape[0], _BLOCK),)](
+        changes, block_table, seq_lens, top_k, temperature, top_p, min_p, seeds,
+        HEADER=HEADER, FIELDS=FIELDS, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
 
 
 def apply_changes_reference(
-    fields: torch.Tensor,
-    entries: torch.Tensor,
-    block_ids: torch.Tensor,
+    changes: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     top_k: torch.Tensor,
@@ -93,10 +102,14 @@ def apply_changes_reference(
     seeds: torch.Tensor,
 ) -> None:
     """`apply_changes` in plain torch, for any device."""
-    block_table.view(-1)[entries] = block_ids
-    slots = fields[0]
-    for table, values in ((seq_lens, fields[1]), (top_k, fields[2])):
-        table[slots] = values
-    for table, values in ((temperature, fields[3]), (top_p, fields[4]), (min_p, fields[5])):
-        table[slots] = values.view(torch.float32)
-    seeds[slots] = torch.stack([fields[6], fields[7]], dim=1).view(torch.int64).squeeze(1)
+    num_requests, num_entries = changes[:HEADER].tolist()
+    sizes = [num_requests * FIELDS, num_entries, num_entries]
+    requests, entries, blocks = changes[HEADER : HEADER + sum(sizes)].split(sizes)
+    block_table.view(-1)[entries] = blocks
+    fields = requests.view(num_requests, FIELDS)
+    slots = fields[:, 0]
+    for column, table in enumerate((seq_lens, top_k), start=1):
+        table[slots] = fields[:, column]
+    for column, table in enumerate((temperature, top_p, min_p), start=3):
+        table[slots] = fields[:, column].contiguous().view(torch.float32)
+    seeds[slots] = fields[:, 6:].contiguous().view(torch.int64).squeeze(1)
