@@ -397,8 +397,8 @@ class StepRunner:
         return captures
 
     def _change_captures(self, only_largest: bool) -> list[Capture]:
-        """For each staging buffer, bringing what is in it to the slots: launched one by one, a copy and a kernel take
-        the host longer than all else before a prompt's forward pass. What is in them now was brought, or is nothing."""
+        """For each staging buffer, bringing what is in it to the slots: launched one by one, copy and kernel take the
+        host longer than the forward pass. What is in the buffers now was brought before, or is nothing."""
         turns = range(1 if only_largest else RING_SIZE)
         return [
             Capture(("changes", turn), partial(self.state.bring_changes, turn, SMALL_CHANGES), warm_up=turn == 0)

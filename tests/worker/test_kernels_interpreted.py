@@ -16,6 +16,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_kernels.py in Triton's interpreter", allow_module_level=True)
 
+from benchmarks import kernel_step_cases
 from protocol.logit_edits import LogitEdits
 from protocol.messages import AdmittedSlot
 from tests.support.edit_tables import admitted, random_edits
@@ -387,3 +388,21 @@ def test_counts_stop_at_the_most_that_they_hold() -> None:
         for token in (3, 4, 4, 5):
             implementation.record_tokens(row, row, torch.tensor([token], dtype=torch.int32), edits.tables)
     assert edits.tables.counts[0].tolist() == [0, 0, 0, -1, most, 2, 0, 0]
+
+
+def test_the_benchmarks_cases_of_what_prepares_and_ends_a_step_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those are launched once a step, and nothing else launches all of them in the shapes that are timed."""
+    monkeypatch.setattr(kernel_step_cases, "count_inputs", lambda size: 2)
+    cases = [
+        *kernel_step_cases._planning_cases(3),
+        *kernel_step_cases._ending_cases(3),
+        *kernel_step_cases._editing_cases(3, 5000),
+    ]
+    assert len({case.kernel for case in cases}) == 8
+    for case in cases:
+        for call in case.calls:
+            call()
+    changes, table = cases[1].calls[0].args[:2]
+    assert table.view(-1)[changes[2:5]].tolist() == changes[5:8].tolist() == [0, 1, 2]
+    edit = cases[-2].calls[0]
+    torch.testing.assert_close(edit(), REFERENCES.edit_logits(*edit.args))
