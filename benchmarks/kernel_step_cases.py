@@ -1,7 +1,8 @@
 """The kernels that prepare a step and end it, and those that edit logits for requests that ask for it.
 
-The former are launched once a step and move a few bytes a row, so that their time is what a kernel takes at least; they
-are here to show that it is no more. Those that edit read all logits.
+The former are launched once a step and move a few bytes a row, of one set of inputs: their time is what a kernel takes
+at least, and they are here to show that it is no more. Those that edit read all logits, and the rows' tables, of which
+there is one set as well.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks.kernel_cases import BF16, HEAD_DIM, HEADS, KV_HEADS, VOCAB, Calls, Case, count_inputs, device
 from worker.kernels import select
-from worker.kernels.apply_changes import FIELDS, HEADER
+from worker.kernels.apply_changes import FIELDS
 from worker.kernels.decode_schedule import DecodeWorkspace, schedule_decode
 from worker.kernels.edit_logits import HAS_ALLOWED, HAS_LISTS, HAS_PENALTIES, HEADER_SIZE, EditTables
 from worker.kernels.prefill_schedule import PrefillWorkspace, schedule_prefill
@@ -25,13 +26,13 @@ _NUM_BIASES, _NUM_WORDS = 8, 4  # of a row that is edited
 
 def step_cases() -> Iterator[Case]:
     for rows in _ROWS:
-        yield from _planning_cases(rows)
-        yield from _ending_cases(rows)
+        yield from planning_cases(rows)
+        yield from ending_cases(rows)
     for rows in (1, 64):
-        yield from _editing_cases(rows, VOCAB)
+        yield from editing_cases(rows, VOCAB)
 
 
-def _planning_cases(rows: int) -> Iterator[Case]:
+def planning_cases(rows: int) -> Iterator[Case]:
     """What brings a step's changes to the slots, finds its rows' places and shares out attention's work."""
     ops, shape = select(device()), f"{rows} rows"
     row_slots, starts = _range(rows), _range(rows + 1)
@@ -56,7 +57,6 @@ def _planning_cases(rows: int) -> Iterator[Case]:
     fields = torch.zeros(rows, FIELDS, dtype=torch.int32)
     fields[:, 0] = row_slots
     changes = torch.cat([torch.tensor([rows, 0], dtype=torch.int32), fields.view(-1)])
-    assert len(changes) == HEADER + rows * FIELDS
     apply = partial(ops.apply_changes, changes, table, *tables, torch.zeros(rows + 1, dtype=torch.int64))
     yield Case("apply_changes", f"{rows} requests", 60.0 * rows, 0, [apply], [])
 
@@ -74,7 +74,7 @@ def _planning_cases(rows: int) -> Iterator[Case]:
     yield Case("schedule_prefill", f"{rows} rows of 16", 40.0 * rows, 0, calls, [])
 
 
-def _ending_cases(rows: int) -> Iterator[Case]:
+def ending_cases(rows: int) -> Iterator[Case]:
     """What keeps lengths and tokens for the next step."""
     ops, shape, row_slots = select(device()), f"{rows} rows", _range(rows)
     by_slot, by_row = torch.zeros(rows + 1, dtype=torch.int32), torch.zeros(2, rows, dtype=torch.int32)
@@ -85,7 +85,7 @@ def _ending_cases(rows: int) -> Iterator[Case]:
     yield Case("commit_tokens", shape, 16.0 * rows, 0, calls, [])
 
 
-def _editing_cases(rows: int, vocab: int) -> Iterator[Case]:
+def editing_cases(rows: int, vocab: int) -> Iterator[Case]:
     """Logits of rows that all have penalties, allowed tokens, biases and bad words, and counting what was drawn."""
     ops, shape, row_slots = select(device()), f"{rows} rows", _range(rows)
     tables = EditTables.allocate(rows, vocab, _NUM_BIASES, _NUM_WORDS, device())
@@ -99,7 +99,7 @@ def _editing_cases(rows: int, vocab: int) -> Iterator[Case]:
     tables.bad_words.fill_(-1)[..., -1] = 1
     tables.allowed.fill_(-1)
     tables.counts[:rows] = torch.randint(0, 2, (rows, vocab)).to(torch.int16)
-    # Logits are read and written in fp32; counts are 2 bytes a token, and what is allowed a bit.
+    # Logits are read in bf16 and written in fp32; a count has 2 bytes, and whether a token is allowed is a bit.
     size = rows * vocab * (2 + 4 + 2 + 1 / 8)
     inputs = torch.randn(count_inputs(size), rows, vocab, dtype=BF16)
     positions = torch.full((rows,), 100, dtype=torch.int32)

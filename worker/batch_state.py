@@ -16,9 +16,9 @@ from worker.sampling_variant import variant_of
 
 # Steps whose staging buffers may still be read by the device. More than are ever in flight.
 RING_SIZE = 4
-# Changes of a step, in int32, that a graph brings to the device, always so many. Only steps that admit prompts of some
-# 16,000 tokens together have more.
-SMALL_CHANGES = 2048
+# Changes of a step, in int32, that a graph brings to the device, always so many: a request is 8, and 2 for each of its
+# blocks. Only steps that admit hundreds of requests, or prompts of tens of thousands of tokens, have more.
+SMALL_CHANGES = 4096
 # Where a slot's number of log-probabilities is kept: it wants none. -1 is all.
 NO_LOGPROBS = -2
 
@@ -57,13 +57,13 @@ class StagingRing:
         return target
 
     def copy(self, turn: int, start: int, end: int) -> torch.Tensor:
-        """As `send`, of any of the buffers, and to be followed by `note_sent`. Can be captured."""
+        """The copy alone, of any of the buffers, which can be captured. `note_sent` is to follow what launches it."""
         target = self.device_buffer[start:end]
         target.copy_(self._host[turn][start:end], non_blocking=True)
         return target
 
     def note_sent(self) -> None:
-        """What has been launched so far may read the buffer whose turn it is."""
+        """The buffer whose turn it is may be filled again once what has been launched so far is done."""
         copied = self._copied[self.turn]
         if copied is not None:
             copied.record()

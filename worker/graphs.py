@@ -14,7 +14,7 @@ from protocol.messages import LEAST_LAYERED_TOKENS
 # Launching a forward pass kernel by kernel takes the host longer than it takes the GPU to run one of 4,000 tokens;
 # beyond twice that, launches hide behind the work and a step runs eagerly.
 _MOST_CAPTURED_TOKENS = 8192
-# A prompt of so many tokens is computed in a graph that has no place for decodes, if there are none.
+# A prompt of up to so many tokens is computed in a graph that has no place for decodes, if there are none.
 _MOST_ALONE = 1024
 # Decode steps of so many rows are one graph: what a second launch costs the GPU can be felt in them.
 MOST_ROWS_OF_ONE_GRAPH = 64

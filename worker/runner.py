@@ -1,15 +1,16 @@
 """Runs steps: takes what changed to the device, launches the step's programs, and brings the tokens back.
 
 `execute` launches a step and returns at once; the tokens are read later, when the device has them. On a GPU a step is
-padded to a size whose graph was captured: one graph for the forward pass and one for the head, a single one for small
-decode steps, and a graph a layer beside those of a decode step where a prompt is computed layer by layer. The largest
-steps run eagerly, where launches hide behind the work.
+padded to a size whose graph was captured: one graph for what it changes, one for the forward pass and one for the
+head, a single one for the latter two in small decode steps, and a graph a layer beside those of a decode step where a
+prompt is computed layer by layer. The largest steps run eagerly, where launches hide behind the work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from functools import partial
 
 import numpy as np
@@ -39,13 +40,21 @@ from worker.step_results import PackedRows, PendingTokens, PromptStretch, StepRe
 WarmUp = Callable[[], None]
 
 
+class GraphKind(Enum):
+    """What a graph holds, on which its size depends."""
+
+    PASS = auto()  # a forward pass, with or without the head
+    PART = auto()  # a layer, a head, a step's changes
+
+
 @dataclass(frozen=True, slots=True)
 class Capture:
     """A graph to be made."""
 
     key: Hashable
     launch: Callable[[], None]
-    warm_up: bool = True  # False where another capture's has done all of it
+    kind: GraphKind
+    warm_up: bool = True  # False where another capture's has done all of it, or a small step
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,17 +347,22 @@ class StepRunner:
         self.program.forward(shape)
 
     def capture_graphs(
-        self, on_graph: Callable[[], None] | None = None, only_largest: bool = False, like: GraphCache | None = None
+        self,
+        on_graph: Callable[[], None] | None = None,
+        only_largest: bool = False,
+        like: GraphCache | None = None,
+        kind: GraphKind | None = None,
     ) -> GraphCache:
-        """Captures the graphs of decode and mixed steps, largest first, so that the smaller fit in their memory, or
-        in that of `like`, for which all has been warmed up. `on_graph` is called after each.
+        """Captures the graphs of all steps, or of the `kind` given, largest first, so that the smaller fit in their
+        memory, or in that of `like`, for which all has been warmed up. `on_graph` is called after each.
 
-        The steps are run on null slots, so the batch's state stays as it is.
+        The steps are run on null slots, so the batch's state stays as it is. `small_steps` are to be run before all are
+        captured.
         """
         graphs = GraphCache(like)
         torch.cuda.empty_cache()
         with torch.inference_mode():
-            for capture in self._captures(only_largest):
+            for capture in self._captures(only_largest, kind):
                 graphs.capture(capture.key, capture.launch, capture.warm_up and like is None)
                 if on_graph is not None:
                     on_graph()
@@ -356,22 +370,22 @@ class StepRunner:
         self._sent_decode_rows = None
         return graphs
 
-    @property
-    def num_graphs(self) -> int:
+    def num_graphs(self, kind: GraphKind | None = None) -> int:
         """How many graphs `capture_graphs` makes."""
-        return len(self._captures(only_largest=False))
+        return len(self._captures(only_largest=False, kind=kind))
 
-    def _captures(self, only_largest: bool) -> list[Capture]:
-        return [
+    def _captures(self, only_largest: bool, kind: GraphKind | None) -> list[Capture]:
+        captures = [
             *self._mixed_captures(only_largest),
             *self._layered_captures(only_largest),
             *self._decode_captures(only_largest),
-            *self._change_captures(only_largest),
+            *([] if only_largest else self._change_captures()),
         ]
+        return [capture for capture in captures if kind in (None, capture.kind)]
 
     def _mixed_captures(self, only_largest: bool) -> list[Capture]:
-        shapes = self._mixed_shapes()
-        return [Capture(shape, partial(self._run_null_mixed, shape)) for shape in shapes[: 1 if only_largest else None]]
+        shapes = self._mixed_shapes()[: 1 if only_largest else None]
+        return [Capture(shape, partial(self._run_null_mixed, shape), GraphKind.PASS) for shape in shapes]
 
     def _layered_captures(self, only_largest: bool) -> list[Capture]:
         """For each size of a chunk that is computed layer by layer, its layers."""
@@ -379,7 +393,7 @@ class StepRunner:
         for tokens in self._layered_buckets[-1:] if only_largest else self._layered_buckets[::-1]:
             for layer in range(1 if only_largest else self._num_layers):
                 launch = partial(self._run_null_layer, tokens, layer)
-                captures.append(Capture(("layer", tokens, layer), launch, warm_up=layer == 0))
+                captures.append(Capture(("layer", tokens, layer), launch, GraphKind.PART, warm_up=layer == 0))
         return captures
 
     def _decode_captures(self, only_largest: bool) -> list[Capture]:
@@ -387,22 +401,23 @@ class StepRunner:
         captures: list[Capture] = []
         for rows in self._row_buckets[-1:] if only_largest else self._row_buckets[::-1]:
             shape = self._decode_shape(rows)
-            captures.append(Capture(shape, partial(self._run_null_decode, shape)))
+            captures.append(Capture(shape, partial(self._run_null_decode, shape), GraphKind.PASS))
             for variant in SamplingVariant:
-                captures.append(Capture((rows, variant), partial(self.program.head, rows, variant)))
+                captures.append(Capture((rows, variant), partial(self.program.head, rows, variant), GraphKind.PART))
             if rows <= MOST_ROWS_OF_ONE_GRAPH:
                 for variant in (SamplingVariant.GREEDY, SamplingVariant.PLAIN):
                     whole = partial(self.program.decode, shape, variant)
-                    captures.append(Capture((shape, variant), whole, warm_up=False))
+                    captures.append(Capture((shape, variant), whole, GraphKind.PASS, warm_up=False))
         return captures
 
-    def _change_captures(self, only_largest: bool) -> list[Capture]:
+    def _change_captures(self) -> list[Capture]:
         """For each staging buffer, bringing what is in it to the slots: launched one by one, copy and kernel take the
-        host longer than the forward pass. What is in the buffers now was brought before, or is nothing."""
-        turns = range(1 if only_largest else RING_SIZE)
+        host longer than the forward pass. It is not run here, as who knows what is in the buffers."""
         return [
-            Capture(("changes", turn), partial(self.state.bring_changes, turn, SMALL_CHANGES), warm_up=turn == 0)
-            for turn in turns
+            Capture(
+                ("changes", turn), partial(self.state.bring_changes, turn, SMALL_CHANGES), GraphKind.PART, warm_up=False
+            )
+            for turn in range(RING_SIZE)
         ]
 
     def _run_null_mixed(self, shape: ForwardShape) -> None:

@@ -16,7 +16,7 @@ from protocol.process import ChildProcess
 from worker.kernels import select
 from worker.kv_cache import allocate_kv_cache, bounded_model_len, num_blocks_on_cpu, num_blocks_on_gpu
 from worker.models import Qwen3, create_model
-from worker.runner import StepRunner, WarmUp
+from worker.runner import GraphKind, StepRunner, WarmUp
 from worker.weights import load_weights, randomize_weights
 
 _TRIALS = 3  # more than one, since the driver takes memory for graphs in pieces of several
@@ -97,7 +97,8 @@ def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tupl
     # What graphs take is measured only where it decides: a worker that replaces another has its number of blocks.
     num_trials = _TRIALS if use_graphs and config.options.num_gpu_blocks_override is None else 0
     largest, small = runner.largest_steps() if device.type == "cuda" else [], runner.small_steps()
-    kernels = LoadingPhase(child, "kernels", len(largest) + (num_trials and 1 + num_trials) + len(small))
+    num_captures = num_trials and 1 + num_trials * len(GraphKind)
+    kernels = LoadingPhase(child, "kernels", len(largest) + num_captures + len(small))
     if device.type == "cuda":
         runner.program.set_kv_cache(allocate_kv_cache(config, 2, device, dtype))
         num_blocks = num_blocks_on_gpu(config, dtype, _peak_bytes(runner, largest, num_trials, kernels))
@@ -107,17 +108,17 @@ def make_runner(config: EngineConfig, child: ChildProcess | None = None) -> tupl
     runner.program.set_kv_cache(allocate_kv_cache(config, num_blocks, device, dtype))
     kernels.run(small)
     if use_graphs:
-        runner.use_graphs(runner.capture_graphs(LoadingPhase(child, "CUDA graphs", runner.num_graphs).advance))
+        runner.use_graphs(runner.capture_graphs(LoadingPhase(child, "CUDA graphs", runner.num_graphs()).advance))
     return runner, WorkerReady(PROTOCOL_VERSION, config.epoch, num_blocks, config.block_size, max_model_len)
 
 
 def _peak_bytes(runner: StepRunner, largest: list[WarmUp], num_trials: int, phase: LoadingPhase) -> int:
     """Most device memory in use while the `largest` steps run, and, with `num_trials`, what graphs will add to it.
 
-    Measured with a cache of a few blocks: null rows read only the null block. Graphs are captured on trial, the largest
-    of each kind, again and again: the first time shows their buffers, which the smaller graphs will share, the other
-    times what the driver keeps for a graph's nodes, which each graph will cost again. Steps run eagerly beside the
-    graphs' buffers, to warm up and where they are too large to be captured.
+    Measured with a cache of a few blocks: null rows read only the null block. The largest graphs are captured on trial:
+    the first time shows their buffers, which the smaller graphs will share, other times, kind by kind, what the driver
+    keeps for a graph's nodes, which each graph of the kind will cost again. Steps run eagerly beside the graphs'
+    buffers, to warm up and where they are too large to be captured.
     """
     before = _used_bytes()
     phase.run(largest)
@@ -127,12 +128,16 @@ def _peak_bytes(runner: StepRunner, largest: list[WarmUp], num_trials: int, phas
     first = runner.capture_graphs(only_largest=True)
     phase.advance()
     with_buffers = _used_bytes()
-    trials = []
-    for _ in range(num_trials):
-        trials.append(runner.capture_graphs(only_largest=True, like=first))
-        phase.advance()
-    nodes = max(0, _used_bytes() - with_buffers) / (num_trials * len(first))
-    return with_buffers + eager + int(nodes * runner.num_graphs)
+    nodes, kept = 0.0, []
+    for kind in GraphKind:
+        without = _used_bytes()
+        trials = []
+        for _ in range(num_trials):
+            trials.append(runner.capture_graphs(only_largest=True, like=first, kind=kind))
+            phase.advance()
+        nodes += max(0, _used_bytes() - without) / sum(map(len, trials)) * runner.num_graphs(kind)
+        kept.append(trials)  # what is given back could be taken for the next kind's
+    return with_buffers + eager + int(nodes)
 
 
 def _used_bytes() -> int:

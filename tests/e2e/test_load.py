@@ -59,8 +59,11 @@ def test_a_request_is_read_while_streams_keep_the_frontend_busy(
     command = [
         sys.executable, "-m", "benchmarks.client", "--workload", "arrival", "--http", engine.url, "--streams", "128",
         "--num-requests", "8", "--vocab-size", "2000", "--json", str(tmp_path / "arrival.json"),
+        # Long enough that a request arrives while all run, also where other tests' work takes most of the CPUs.
+        "--stream-output-len", "1500",
     ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    client = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert client.returncode == 0, client.stderr
     run = json.loads((tmp_path / "arrival.json").read_text())["runs"][0]
     waited = sorted(request["token_times"][0] - request["sent"] for request in run["requests"])
     # Some 10 ms on two CPUs; several hundred where the frontend takes up everything that has come before it reads.

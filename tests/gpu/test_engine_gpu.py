@@ -53,6 +53,7 @@ def greedy(max_tokens: int = 40) -> SamplingParams:
 
 
 def engine(model: Path, step_time: StepTimeModel | None = None, **options: object) -> InProcessEngine:
+    # Of the largest blocks as many as hold twice the others' tokens: with as many blocks, eight processes do not fit.
     has_large_blocks = options.get("attention_backend") == "flash_attn" or options.get("block_size") == 256
     blocks = {"num_gpu_blocks_override": 512} if has_large_blocks else {}
     return InProcessEngine(model, step_time, **(OPTIONS | blocks | options))
@@ -128,19 +129,27 @@ def test_graphs_and_eager_give_the_same_tokens(model: Path, prompts: list[list[i
     assert engine(model, enforce_eager=True).generate(prompts, params) == with_graphs
 
 
-def test_prompts_that_come_alone_give_the_same_tokens_with_graphs_and_eager(model: Path, bf16_error: Bf16Error) -> None:
+def test_prompts_that_come_alone_give_the_same_tokens_with_graphs_and_eager(
+    model: Path, bf16_error: Bf16Error, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One after another, so that none of their steps has decodes: these have graphs of their own."""
     with_graphs, eager = engine(model), engine(model, enforce_eager=True)
+    launched: list[object] = []
+    monkeypatch.setattr(with_graphs.runner.program, "forward", launched.append)
+    monkeypatch.setattr(with_graphs.runner.state, "bring_changes", lambda *buffer: launched.append(buffer))
 
     def answers(lengths: list[int]) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
         prompts = [random.Random(length).choices(range(VOCAB), k=length) for length in lengths]
-        alone = [[running.generate([each], greedy())[0] for each in prompts] for running in (with_graphs, eager)]
-        return prompts, *alone
+        first, second = (
+            [running.generate([each], greedy())[0] for each in prompts] for running in (with_graphs, eager)
+        )
+        return prompts, first, second
 
     # Of the sizes that are captured, nothing is padded, and all is computed in the same shapes.
     _, first, second = answers([16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 896, 1024])
     assert first == second
     assert_equal_up_to_ties(model, *answers([3, 40, 100, 130, 300, 500, 700, 1000, 1100]), bf16_error)
+    assert launched == []  # kernel by kernel; all was replayed
 
 
 def edited(count: int) -> tuple[list[SamplingParams], list[list[list[int]]]]:

@@ -394,9 +394,9 @@ def test_the_benchmarks_cases_of_what_prepares_and_ends_a_step_run(monkeypatch: 
     """Those are launched once a step, and nothing else launches all of them in the shapes that are timed."""
     monkeypatch.setattr(kernel_step_cases, "count_inputs", lambda size: 2)
     cases = [
-        *kernel_step_cases._planning_cases(3),
-        *kernel_step_cases._ending_cases(3),
-        *kernel_step_cases._editing_cases(3, 5000),
+        *kernel_step_cases.planning_cases(3),
+        *kernel_step_cases.ending_cases(3),
+        *kernel_step_cases.editing_cases(3, 5000),
     ]
     assert len({case.kernel for case in cases}) == 8
     for case in cases:

@@ -17,7 +17,11 @@ _BLOCK = 256
 
 
 def pack_request(admitted: AdmittedSlot) -> bytes:
-    """FIELDS int32 for the kernel."""
+    """A request's FIELDS int32, little-endian, as the kernel reads them: three int32, three float32, one int64.
+
+    Raises:
+        struct.error, OverflowError: a value does not fit, which those of checked requests do.
+    """
     return _REQUEST.pack(
         admitted.slot, admitted.num_computed_tokens, admitted.top_k,
         admitted.temperature, admitted.top_p, admitted.min_p, admitted.seed,
@@ -41,27 +45,25 @@ def _apply_changes_kernel(
     num_requests = tl.load(changes_ptr)
     num_entries = tl.load(changes_ptr + 1)
     entries_ptr = changes_ptr + HEADER + num_requests * FIELDS
-    first = tl.program_id(0) * BLOCK
-    for start in range(first, tl.maximum(num_requests, num_entries), tl.num_programs(0) * BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        is_entry = index < num_entries
-        entry = tl.load(entries_ptr + index, mask=is_entry, other=0)
-        block = tl.load(entries_ptr + num_entries + index, mask=is_entry, other=0)
-        tl.store(block_table_ptr + entry, block, mask=is_entry)
-        mask = index < num_requests
-        field_ptr = changes_ptr + HEADER + index * FIELDS
-        slot = tl.load(field_ptr, mask=mask, other=0)
-        tl.store(seq_lens_ptr + slot, tl.load(field_ptr + 1, mask=mask, other=0), mask=mask)
-        tl.store(top_k_ptr + slot, tl.load(field_ptr + 2, mask=mask, other=0), mask=mask)
-        temperature = tl.load(field_ptr + 3, mask=mask, other=0).to(tl.float32, bitcast=True)
-        tl.store(temperature_ptr + slot, temperature, mask=mask)
-        top_p = tl.load(field_ptr + 4, mask=mask, other=0).to(tl.float32, bitcast=True)
-        tl.store(top_p_ptr + slot, top_p, mask=mask)
-        min_p = tl.load(field_ptr + 5, mask=mask, other=0).to(tl.float32, bitcast=True)
-        tl.store(min_p_ptr + slot, min_p, mask=mask)
-        low = tl.load(field_ptr + 6, mask=mask, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
-        high = tl.load(field_ptr + 7, mask=mask, other=0).to(tl.int64)
-        tl.store(seeds_ptr + slot, (high << 32) | low, mask=mask)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_entry = index < num_entries
+    entry = tl.load(entries_ptr + index, mask=is_entry, other=0)
+    block = tl.load(entries_ptr + num_entries + index, mask=is_entry, other=0)
+    tl.store(block_table_ptr + entry, block, mask=is_entry)
+    mask = index < num_requests
+    field_ptr = changes_ptr + HEADER + index * FIELDS
+    slot = tl.load(field_ptr, mask=mask, other=0)
+    tl.store(seq_lens_ptr + slot, tl.load(field_ptr + 1, mask=mask, other=0), mask=mask)
+    tl.store(top_k_ptr + slot, tl.load(field_ptr + 2, mask=mask, other=0), mask=mask)
+    temperature = tl.load(field_ptr + 3, mask=mask, other=0).to(tl.float32, bitcast=True)
+    tl.store(temperature_ptr + slot, temperature, mask=mask)
+    top_p = tl.load(field_ptr + 4, mask=mask, other=0).to(tl.float32, bitcast=True)
+    tl.store(top_p_ptr + slot, top_p, mask=mask)
+    min_p = tl.load(field_ptr + 5, mask=mask, other=0).to(tl.float32, bitcast=True)
+    tl.store(min_p_ptr + slot, min_p, mask=mask)
+    low = tl.load(field_ptr + 6, mask=mask, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+    high = tl.load(field_ptr + 7, mask=mask, other=0).to(tl.int64)
+    tl.store(seeds_ptr + slot, (high << 32) | low, mask=mask)
 
 
 def apply_changes(
@@ -85,7 +87,8 @@ def apply_changes(
         temperature, top_p, min_p: float32.
         seeds: int64.
     """
-    _apply_changes_kernel[(cdiv(changes.shape[0], _BLOCK),)](
+    # An entry takes two int32, a request more: there are at most half as many of either.
+    _apply_changes_kernel[(cdiv(changes.shape[0], 2 * _BLOCK),)](
         changes, block_table, seq_lens, top_k, temperature, top_p, min_p, seeds,
         HEADER=HEADER, FIELDS=FIELDS, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
