@@ -51,19 +51,21 @@ def planning_cases(rows: int) -> Iterator[Case]:
     changes = torch.cat([torch.tensor([0, rows], dtype=torch.int32), _range(rows) * _BLOCKS, _range(rows)])
     tables = [torch.zeros(rows + 1, dtype=torch.int32) for _ in range(2)]
     tables += [torch.zeros(rows + 1) for _ in range(3)]
-    apply = partial(ops.apply_changes, changes, table, *tables, torch.zeros(rows + 1, dtype=torch.int64))
-    yield Case("apply_changes", f"{rows} blocks", 12.0 * rows, 0, [apply], [])
+    tables.append(torch.zeros(rows + 1, dtype=torch.int64))
+    yield Case(
+        "apply_changes", f"{rows} blocks", 12.0 * rows, 0, [partial(ops.apply_changes, changes, table, *tables)], []
+    )
     # Requests with nothing cached and no block yet.
     fields = torch.zeros(rows, FIELDS, dtype=torch.int32)
     fields[:, 0] = row_slots
     changes = torch.cat([torch.tensor([rows, 0], dtype=torch.int32), fields.view(-1)])
-    apply = partial(ops.apply_changes, changes, table, *tables, torch.zeros(rows + 1, dtype=torch.int64))
-    yield Case("apply_changes", f"{rows} requests", 60.0 * rows, 0, [apply], [])
+    calls: Calls = [partial(ops.apply_changes, changes, table, *tables)]
+    yield Case("apply_changes", f"{rows} requests", 60.0 * rows, 0, calls, [])
 
     decoding = DecodeWorkspace.create(
         max_rows=rows, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype=BF16, device=device()
     )
-    calls: Calls = [partial(schedule_decode, row_slots, seq_lens, decode_rows, rows, decoding)]
+    calls = [partial(schedule_decode, row_slots, seq_lens, decode_rows, rows, decoding)]
     yield Case("schedule_decode", shape, 40.0 * rows, 0, calls, [])
     tokens, lens = 16 * rows, seq_lens[:rows] + 16
     prefilling = PrefillWorkspace.create(

@@ -411,8 +411,8 @@ class StepRunner:
         return captures
 
     def _change_captures(self) -> list[Capture]:
-        """For each staging buffer, bringing what is in it to the slots: launched one by one, copy and kernel take the
-        host longer than the forward pass. It is not run here, as who knows what is in the buffers."""
+        """For each staging buffer, bringing what is in it to the slots: launching copy and kernel one by one takes the
+        host longer than replaying the forward pass. It is not run here, as who knows what is in the buffers."""
         return [
             Capture(
                 ("changes", turn), partial(self.state.bring_changes, turn, SMALL_CHANGES), GraphKind.PART, warm_up=False
