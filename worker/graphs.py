@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -63,6 +65,19 @@ def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Pinned buffers that graphs copy from, once freed, have an event recorded on the stream of those copies. Freed
+    while that stream captures, the event would be the graph's, and whoever pins memory next would fail."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class GraphCache:
     """Captured graphs by key. They share one memory pool: steps run one after another, on one stream."""
 
@@ -89,7 +104,7 @@ class GraphCache:
             function()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(_capture_stream()):
+        with _no_garbage_collected(), torch.cuda.stream(_capture_stream()):
             graph.capture_begin(pool=self._pool)
             try:
                 function()
