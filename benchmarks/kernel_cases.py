@@ -13,7 +13,6 @@ from functools import partial
 import torch
 
 from worker.attention import AttentionBackend, AttentionMetadata, QueryKeyTransform, create_backend
-from worker.attention.triton_backend import MOST_FUSED_ROWS
 from worker.kernels import select
 
 Calls = list[Callable[[], object]]
@@ -202,9 +201,9 @@ def attention_step(
 
 
 def attention_calls(
-    name: str, counts: list[int], kv_lens: list[int], decode: int, inputs: int, fused: bool = False
+    name: str, counts: list[int], kv_lens: list[int], decode: int, inputs: int, from_product: bool = False
 ) -> Calls:
-    """Calls of one layer's attention, `fused` with what turns the qkv product into queries, keys and values.
+    """Calls of one layer's attention, `from_product` with what makes queries, keys and values of the qkv product.
 
     `prepare`, once a step for all layers, is left out.
     """
@@ -224,7 +223,7 @@ def attention_calls(
 
     # flash-attn's backend holds the step's block table; ours holds a schedule, equal for all of them.
     backends = [backend_for(step) for step in (steps if name == "flash_attn" else steps[:1])]
-    if fused:
+    if from_product:
         gain, angles = torch.ones(HEAD_DIM, dtype=BF16), torch.randn(max(kv_lens), HEAD_DIM // 2)
         transform = QueryKeyTransform(gain, gain, 1e-6, torch.cat((angles.cos(), angles.sin()), dim=-1))
         return [partial(backends[0].attend, qkv, transform, cache[0], cache[1], step) for step in steps]
@@ -239,10 +238,7 @@ def decode_cases() -> Iterator[Case]:
         size = 2.0 * 2 * KV_HEADS * HEAD_DIM * sum(kv_lens) + 2.0 * 2 * HEADS * HEAD_DIM * rows
         flops = 4.0 * HEADS * HEAD_DIM * sum(kv_lens)
         counts, inputs = [1] * rows, count_inputs(size)
-        # The engine runs small steps fused, and so they are measured.
-        fused = rows <= MOST_FUSED_ROWS
-        kernel = "decode, fused" if fused else "decode"
-        yield attention_case(kernel, shape, size, flops, counts, kv_lens, rows, inputs, fused)
+        yield attention_case("decode", shape, size, flops, counts, kv_lens, rows, inputs)
 
 
 def prefill_cases() -> Iterator[Case]:
@@ -263,10 +259,10 @@ def attention_case(
     kv_lens: list[int],
     decode: int,
     inputs: int,
-    fused: bool = False,
 ) -> Case:
+    """Ours starts decodes from the product, as the engine does; flash-attn starts from queries, keys and values."""
     beside: Calls = []
     if importlib.util.find_spec("flash_attn"):
         beside = attention_calls("flash_attn", counts, kv_lens, decode, inputs)
-    calls = attention_calls("triton", counts, kv_lens, decode, inputs, fused)
+    calls = attention_calls("triton", counts, kv_lens, decode, inputs, from_product=decode > 0)
     return Case(kernel, shape, size, flops, calls, beside)

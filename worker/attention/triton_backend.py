@@ -15,15 +15,6 @@ from worker.kernels.decode_schedule import DecodeWorkspace, schedule_decode
 from worker.kernels.prefill_schedule import PrefillWorkspace, schedule_prefill
 from worker.kernels.qk_norm_rope import QueryKeyTransform
 
-# Decode rows up to which normalisation, rotation and the cache write are part of the attention kernel. In larger steps
-# what that costs in registers, and so in programs an SM, is more than the kernel it saves.
-MOST_FUSED_ROWS = 64
-
-
-def _is_fused(metadata: AttentionMetadata) -> bool:
-    """Whether attention makes queries, keys and values of the product itself: in small steps of decodes alone."""
-    return metadata.num_decode_rows == metadata.positions.shape[0] <= MOST_FUSED_ROWS
-
 
 class TritonAttention:
     """Attention on the paged cache, safe to capture in a CUDA graph."""
@@ -70,13 +61,17 @@ class TritonAttention:
         if metadata.num_decode_rows != 0:
             schedule_decode(
                 metadata.row_slots, metadata.kv_lens, metadata.decode_rows, self._most_decode_rows(metadata),
-                self._decode, _is_fused(metadata),
+                self._decode, self._is_fused(metadata),
             )  # fmt: skip
         if metadata.num_decode_rows != tokens:
             schedule_prefill(
                 metadata.row_slots, metadata.query_start, metadata.kv_lens, metadata.decode_rows, tokens,
                 metadata.num_decode_rows or 0, self._most_decode_rows(metadata), self._prefill,
             )  # fmt: skip
+
+    def _is_fused(self, metadata: AttentionMetadata) -> bool:
+        """Whether one kernel makes queries, keys and values of the product and attends: in steps of decodes alone."""
+        return metadata.num_decode_rows == metadata.positions.shape[0] <= self._decode.most_fused_rows
 
     @staticmethod
     def _most_decode_rows(metadata: AttentionMetadata) -> int:
@@ -91,9 +86,9 @@ class TritonAttention:
         value_cache: torch.Tensor,
         metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """See `AttentionBackend.attend`. Small decode steps are one kernel, which has registers to spare there."""
+        """See `AttentionBackend.attend`."""
         tokens = qkv.shape[0]
-        if _is_fused(metadata):
+        if self._is_fused(metadata):
             heads = qkv.view(tokens, -1, self._head_dim)
             num_heads = heads.shape[1] - 2 * key_cache.shape[2]
             out = torch.empty((tokens, num_heads, self._head_dim), dtype=qkv.dtype, device=qkv.device)

@@ -1,4 +1,4 @@
-"""Decode attention of small steps on Hopper: as the fused form in attention_decode.py, written in Gluon.
+"""Decode attention of steps of decodes alone on Hopper: as the fused form in attention_decode.py, written in Gluon.
 
 A program is persistent and its warps are specialised. A producer warp brings keys and values of one work item after
 another from their blocks to a ring in shared memory (TMA), and begins before the product that queries come from is
@@ -28,11 +28,13 @@ _COMBINE = 32  # partial results, times heads, that the combining program loads 
 
 
 @gluon.jit
-def _work(wave):
-    """The program's `wave`th piece of work. The longest come first, so all but the first wave are dealt out backwards:
-    who had a longer one is the last to get another."""
-    backwards = gl.num_programs(0) - 1 - gl.program_id(0)
-    return wave * gl.num_programs(0) + gl.where(wave == 0, gl.program_id(0), backwards)
+def _work(wave, works):
+    """The program's `wave`th piece of work. The longest come first, so every second wave is dealt out backwards, that
+    programs have about as much each; and so is the last, for which there are not enough: who had the longest one of the
+    wave before is the last to get another."""
+    programs = gl.num_programs(0)
+    is_backwards = (wave % 2 == 1) | ((wave > 0) & ((wave + 1) * programs >= works))
+    return wave * programs + gl.where(is_backwards, programs - 1 - gl.program_id(0), gl.program_id(0))
 
 
 @gluon.jit
@@ -65,13 +67,13 @@ def _produce(
     works = gl.load(num_items_ptr) * NUM_KV_HEADS
     wave = 0
     i = 0
-    work = _work(0)
+    work = _work(0, works)
     start, end, table = _item_range(items_ptr, work, works, table_stride, NUM_KV_HEADS, ITEM)
     blocks = tile_blocks(block_table_ptr + table, start, end, BLOCK_SIZE, TILE)
     while work < works:
         kv_head = work % NUM_KV_HEADS
         wave += 1
-        work = _work(wave)
+        work = _work(wave, works)
         next_start, next_end, next_table = _item_range(items_ptr, work, works, table_stride, NUM_KV_HEADS, ITEM)
         for tile_start in range(start, end, TILE):
             # Block numbers are looked up a tile ahead, be it the next item's.
@@ -289,8 +291,8 @@ def _consume(
     i = 0
     # What an item needs beside its keys and values is asked for while the one before it is attended: each wait here is
     # a memory latency, which short items feel.
-    work = _work(0)
-    next_work = _work(1)
+    work = _work(0, works)
+    next_work = _work(1, works)
     item = _load_item(items_ptr, work, works, NUM_KV_HEADS, ITEM)
     next_item = _load_item(items_ptr, next_work, works, NUM_KV_HEADS, ITEM)
     if DEPENDENT:
@@ -314,7 +316,7 @@ def _consume(
         this_item = work // NUM_KV_HEADS
         wave += 1
         work = next_work
-        next_work = _work(wave + 1)
+        next_work = _work(wave + 1, works)
         item = next_item
         next_item = _load_item(items_ptr, next_work, works, NUM_KV_HEADS, ITEM)
         query = _normalise(q_x, q_y, head_dims, q_gain, q_other_gain, cos, sin, eps, NORM)

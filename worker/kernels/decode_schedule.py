@@ -32,6 +32,9 @@ class DecodeConfig:
 
 FEW_ROWS = 8
 _FEW_ROWS_ON_HOPPER = 16
+# Rows up to which the portable kernel does normalisation, rotation and the cache write, too. In larger steps what that
+# costs in registers, and so in programs an SM, is more than the kernel it saves.
+_MOST_FUSED_ROWS = 64
 
 
 def decode_config(capability: tuple[int, int], head_dim: int, element_size: int, rows: int) -> DecodeConfig:
@@ -89,6 +92,12 @@ class DecodeWorkspace:
     arrived: torch.Tensor  # [max_rows, num_kv_heads] int32, items done of a row; every launch leaves it zero
     partial_out: torch.Tensor  # [max_rows + most splits, num_heads, head_dim] fp32
     partial_lse: torch.Tensor  # [max_rows + most splits, num_heads] fp32, log2 of the sum of exponentials
+
+    @property
+    def most_fused_rows(self) -> int:
+        """Rows of a step of decodes alone up to which one kernel that also makes queries, keys and values of the
+        product is the faster way."""
+        return self.max_rows if self.plan(self.max_rows, fused=True)[0].for_hopper else _MOST_FUSED_ROWS
 
     def plan(self, rows: int, fused: bool = False) -> tuple[DecodeConfig, int]:
         """The configuration for a step of `rows` decode rows, and how many splits make one wave: the step has at most
