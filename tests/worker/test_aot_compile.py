@@ -29,6 +29,7 @@ from worker.kernels import (  # noqa: E402
     decode_schedule,
     edit_logits,
     filter_groups,
+    filter_guess,
     filter_threshold,
     fused_linear,
     gumbel_sample,
@@ -272,12 +273,15 @@ def check_sampling_kernels(capability: tuple[int, int], dtype: torch.dtype) -> N
         shift = {"SHIFT": KEY_SHIFT[dtype]}
         groups = {"GROUPS": stretches * groups["GROUPS"], "GROUP": gumbel_sample.GROUP}
         groups |= {"PADDED_GROUPS": triton.next_power_of_2(groups["GROUPS"]), "MOST_GROUPS": filter_groups.MOST_GROUPS}
-        constants = cut | padded | shift | groups
+        guesses = {"GUESSES": filter_guess.GUESSES}
+        constants = cut | padded | shift | groups | guesses
+        constants |= {"LOOKED_AT": filter_guess.looked_at(groups["GROUPS"]), "NEIGHBOURS": filter_guess.NEIGHBOURS}
         del constants["BLOCK"]
         assert shared_memory(begin, capability, dtype, constants, num_warps=16) <= limit
         constants = cut | padded | shift | {"PIVOTS": filter_threshold.PIVOTS}
         for absent in ((), ("last_value_ptr",)):
-            assert shared_memory(search, capability, dtype, constants | dict.fromkeys(absent), num_warps=2) <= limit
+            options = constants | guesses | dict.fromkeys(absent)
+            assert shared_memory(search, capability, dtype, options, num_warps=2) <= limit
         assert shared_memory(finish, capability, dtype, constants, num_warps=8) <= limit
 
 

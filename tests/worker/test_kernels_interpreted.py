@@ -21,7 +21,7 @@ from protocol.logit_edits import LogitEdits
 from protocol.messages import AdmittedSlot
 from tests.support.edit_tables import admitted, random_edits
 from tests.support.sampling import assert_drawn_from, kept_by_definition
-from worker.kernels import filter_groups, filter_threshold, gumbel_sample, ops
+from worker.kernels import filter_groups, filter_guess, filter_threshold, gumbel_sample, ops
 from worker.kernels.apply_changes import pack_request
 from worker.kernels.gumbel_sample import gumbel_noise
 from worker.slot_edits import SlotEdits
@@ -230,6 +230,8 @@ FILTERS = [  # temperature, top_k, top_p, min_p
     (1.0, 300, 1.0, 0.0),
     (1.0, 2**31 - 1, 0.4, 0.0),
     (1.0, 0, 1e-46, 0.0),
+    (1.0, 0, 0.5, 0.0),
+    (2.0, 0, 0.99, 0.0),
     (1.0, 7, 1e-3, 0.0),
     (1.0, 2, 0.9, 0.0),
     (1.0, 0, 1.0, 0.1),
@@ -295,10 +297,11 @@ def test_filter_threshold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The kernels keep what a sort keeps, with the vocabulary cut into stretches of 64 and groups of 8, of which one
-    program searches as few, some, or all."""
+    program searches as few, some, or all; and guesses from a sample of half of it."""
     monkeypatch.setattr(gumbel_sample, "STRETCH", 64)
     monkeypatch.setattr(gumbel_sample, "GROUP", 8)
     monkeypatch.setattr(filter_groups, "MOST_GROUPS", most_groups)
+    monkeypatch.setattr(filter_guess, "_LEAST_LOOKED_AT", 128)
     torch.manual_seed(5)
     rows = len(FILTERS)
     logits = torch.stack([make(vocab) for _ in range(rows)]).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
@@ -318,6 +321,23 @@ def test_filter_threshold(
             kept = (logits[row].float() >= threshold[row]) & (logits[row] > -torch.inf)
             assert not (must & ~kept).any(), (implementation is KERNELS, FILTERS[slots[row]])
             assert not (kept & ~may).any(), (implementation is KERNELS, FILTERS[slots[row]])
+
+
+@pytest.mark.parametrize("elsewhere", [-3.0, 0.0, 3.0])
+def test_a_top_p_is_found_whatever_a_sample_says(elsewhere: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that are not in the sample are about as high, much lower or much higher than it tells."""
+    monkeypatch.setattr(gumbel_sample, "STRETCH", 64)
+    monkeypatch.setattr(filter_groups, "MOST_GROUPS", 1)
+    monkeypatch.setattr(filter_guess, "_LEAST_LOOKED_AT", 256)
+    sampled = torch.arange(1024) % 64 < 16
+    logits = (1.2 + torch.rand(3, 1024) + torch.where(sampled, 0.0, elsewhere)).to(torch.bfloat16)
+    slots, ones, shares = torch.arange(3, dtype=torch.int32), torch.ones(4), torch.tensor([0.3, 0.9, 0.999, 1.0])
+    threshold = KERNELS.filter_threshold(logits, slots, ones, 0 * ones.int(), shares, 0 * ones)
+    for row in range(3):
+        must, may = kept_by_definition(logits[row].float(), 1.0, 0, float(shares[row]), 0.0, 1e-6)
+        kept = logits[row].float() >= threshold[row]
+        assert not (must & ~kept).any()
+        assert not (kept & ~may).any()
 
 
 def test_rows_without_a_usable_logit_end_the_search() -> None:

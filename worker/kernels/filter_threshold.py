@@ -3,15 +3,16 @@
 No sort. Tokens are kept by value, so a row's filters come down to one logit, found by search: at once where it lies
 in few groups of logits (`filter_groups.py`), as that of a small top-k does, and else in passes over the row. A pass
 adds up, at 16 pivots, the number or the probability of the tokens at or above it, and goes on between the two pivots
-that enclose what is wanted. Pivots are keys, integers in the order of the logits, so the search ends at an exact one.
-A row is split over programs, and sums are added in an order that no batch changes.
+that enclose what is wanted; at 4 where a top-p of logits of 16 bits can be guessed (`filter_guess.py`). Pivots are
+keys, integers in the order of the logits, so the search ends at an exact one. A row is split over programs, and sums
+are added in an order that no batch changes.
 """
 
 from __future__ import annotations
 
 import torch
 
-from worker.kernels import filter_groups
+from worker.kernels import filter_groups, filter_guess
 from worker.kernels._logit_keys import KEY_SHIFT, key_of, value_of
 from worker.kernels._triton import (
     cdiv,
@@ -23,9 +24,16 @@ from worker.kernels._triton import (
     triton,
 )
 from worker.kernels.filter_groups import bound_by_groups, load_groups, search_loaded
+from worker.kernels.filter_guess import enclosing_keys, guess_again, guessed_pivots
 from worker.kernels.gumbel_sample import load_stretch, measure_stretches, stretch_size
 
 PIVOTS = 16
+# A pass's state of a row, padded so that each pass's part is aligned to 16 bytes and one compiled kernel serves all.
+_KEY_FIELDS = tl.constexpr(8)
+_LEVEL_FIELDS = tl.constexpr(4)
+# The first and the last of the passes that guess.
+_FIRST_GUESS = tl.constexpr(3)
+_LAST_GUESS = tl.constexpr(5)
 # Programs that a pass wants: a few for each multiprocessor. More would read the pivots' sums more often.
 _PROGRAMS = 2048
 
@@ -47,10 +55,11 @@ def _pivots_of(low, high, fresh, maximum, PIVOTS: tl.constexpr, SHIFT: tl.conste
 
 @triton.jit
 def _load_state(keys_ptr, levels_ptr, row):
-    """A row's search: it is in low..high-1; `kind` is 1 while it counts tokens, 2 while it adds up probability, 0 when
-    it is over and the answer is `low`; `fresh` is 1 before its first pass; `wanted` is what is to be reached, -1 if
-    that is a share of a total that the next sums will tell; the maximum is the row's highest logit."""
-    keys, levels = keys_ptr + row * 4, levels_ptr + row * 4
+    """A row's search: it is in low..high-1; `kind` is 1 while it counts tokens, 2 while it adds up probability, more
+    while it does that at guessed pivots, 0 when it is over and the answer is `low`; `fresh` is 1 before its first pass;
+    `wanted` is what is to be reached, -1 if that is a share of a total that the next sums will tell; the maximum is the
+    row's highest logit."""
+    keys, levels = keys_ptr + row * _KEY_FIELDS, levels_ptr + row * _LEVEL_FIELDS
     return (
         tl.load(keys), tl.load(keys + 1), tl.load(keys + 2), tl.load(keys + 3), tl.load(levels), tl.load(levels + 1),
     )  # fmt: skip
@@ -58,13 +67,29 @@ def _load_state(keys_ptr, levels_ptr, row):
 
 @triton.jit
 def _store_state(keys_ptr, levels_ptr, row, low, high, kind, fresh, wanted, maximum):
-    keys, levels = keys_ptr + row * 4, levels_ptr + row * 4
+    keys, levels = keys_ptr + row * _KEY_FIELDS, levels_ptr + row * _LEVEL_FIELDS
     tl.store(keys, low)
     tl.store(keys + 1, high)
     tl.store(keys + 2, kind)
     tl.store(keys + 3, fresh)
     tl.store(levels, wanted)
     tl.store(levels + 1, maximum)
+
+
+@triton.jit
+def _load_guess(keys_ptr, levels_ptr, row):
+    """The first of the guessed pivots and how far they are apart; the sums at `low` and `high`, negative if unknown."""
+    keys, levels = keys_ptr + row * _KEY_FIELDS, levels_ptr + row * _LEVEL_FIELDS
+    return tl.load(keys + 4), tl.load(keys + 5), tl.load(levels + 2), tl.load(levels + 3)
+
+
+@triton.jit
+def _store_guess(keys_ptr, levels_ptr, row, first, step, at_low, at_high):
+    keys, levels = keys_ptr + row * _KEY_FIELDS, levels_ptr + row * _LEVEL_FIELDS
+    tl.store(keys + 4, first)
+    tl.store(keys + 5, step)
+    tl.store(levels + 2, at_low)
+    tl.store(levels + 3, at_high)
 
 
 @triton.jit
@@ -89,7 +114,7 @@ def _advance(low, high, kind, fresh, wanted, maximum, sums, top_p, PIVOTS: tl.co
 
 @triton.jit
 def _sums_of(logits, pivots, kind, maximum, scale):
-    """[PIVOTS] fp32: the number of logits at or above each pivot, or their probability relative to the maximum's."""
+    """[pivots] fp32: the number of logits at or above each pivot, or their probability relative to the maximum's."""
     weights = tl.where(kind == 1, 1.0, tl.exp2((logits - maximum) * scale))
     # A product and not a choice of weights: a compare that gives 1.0 and a fused multiply-add are two instructions.
     return tl.sum(tl.where(logits[None, :] >= pivots[:, None], 1.0, 0.0) * weights[None, :], axis=1)
@@ -118,6 +143,9 @@ def _begin_kernel(
     GROUPS: tl.constexpr,
     PADDED_GROUPS: tl.constexpr,
     MOST_GROUPS: tl.constexpr,
+    LOOKED_AT: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+    GUESSES: tl.constexpr,
     SHIFT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -149,12 +177,12 @@ def _begin_kernel(
     bits = floor.to(tl.int32, bitcast=True)  # the lowest key whose value is not below the floor
     low = tl.where(bits >= 0, bits + ((1 << SHIFT) - 1), bits ^ 0x7FFFFFFF) >> SHIFT
     wanted = tl.full((), -1.0, tl.float32)
+    total = tl.sum(mass * tl.exp2((highest - maximum) * scale), axis=0)
     if limits_count:
         wanted = top_k.to(tl.float32)
     elif limits_share & (min_p == 0.0):
         # Tokens less likely than (1 - p) / VOCAB add up to less than 1 - p: without them enough is left. One per cent
         # is room for rounding.
-        total = tl.sum(mass * tl.exp2((highest - maximum) * scale), axis=0)
         wanted = tl.maximum(top_p, 1e-6) * total
         least = maximum - 1.01 * temperature * tl.log(VOCAB / ((1.0 - top_p) * total))
         low = tl.maximum(low, key_of(least, SHIFT) - 1)
@@ -172,6 +200,16 @@ def _begin_kernel(
             wanted_share = tl.where(limits_count, -1.0, wanted)
             low = search_loaded(logits, low, high, limits_count, top_k, wanted_share, top_p, maximum, scale, SHIFT)
             kind = kind * 0
+        elif SHIFT > 0:
+            is_share = (kind == 2) & (wanted >= 0.0)
+            if is_share:
+                first, last = enclosing_keys(
+                    logits_ptr, logits_stride, group_highest_ptr, row, low, high, wanted, total, maximum, scale,
+                    VOCAB, GROUP, GROUPS, LOOKED_AT, NEIGHBOURS, SHIFT,
+                )  # fmt: skip
+                kind = kind * 0 + _FIRST_GUESS
+                step = (last - first + GUESSES - 2) // (GUESSES - 1)
+                _store_guess(keys_ptr, levels_ptr, row, first, step, -1.0, -1.0)
     low = tl.where(searched, low, key_of(tl.full((), -float("inf"), tl.float32), SHIFT))
     _store_state(keys_ptr, levels_ptr, row, low, high, kind, 1, wanted, maximum)
 
@@ -195,6 +233,7 @@ def _pass_kernel(
     STRETCHES: tl.constexpr,
     PADDED: tl.constexpr,
     PIVOTS: tl.constexpr,
+    GUESSES: tl.constexpr,
     SHIFT: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
@@ -205,35 +244,79 @@ def _pass_kernel(
     row = tl.program_id(1)
     slot = tl.load(row_slots_ptr + row)
     low, high, kind, fresh, wanted, maximum = _load_state(last_keys_ptr, last_levels_ptr, row)
+    first, step, at_low, at_high = _load_guess(last_keys_ptr, last_levels_ptr, row)
     if last_value_ptr is not None:
         # Every program of the row works out the state anew: one launch fewer a pass.
-        if kind > 0:
-            sums = _load_sums(last_value_ptr, row, STRETCHES, PADDED, PIVOTS)
+        if kind >= _FIRST_GUESS:
+            if SHIFT > 0:
+                sums = _load_sums(last_value_ptr, row, STRETCHES, PADDED, PIVOTS, GUESSES)
+                low, high, at_low, at_high, first = guess_again(
+                    low, high, first, step, wanted, sums, at_low, at_high, GUESSES, SHIFT
+                )
+                step, fresh = step * 0 + 1, fresh * 0
+                again = (at_low >= 0.0) & (at_high >= 0.0) & (kind < _LAST_GUESS)
+                kind = tl.where(high - low <= 1, 0, tl.where(again, kind + 1, 2))
+        elif kind > 0:
+            sums = _load_sums(last_value_ptr, row, STRETCHES, PADDED, PIVOTS, PIVOTS)
             top_p = tl.load(top_p_ptr + slot)
             low, high, kind, fresh, wanted = _advance(
                 low, high, kind, fresh, wanted, maximum, sums, top_p, PIVOTS, SHIFT
             )
         if part == 0:
             _store_state(keys_ptr, levels_ptr, row, low, high, kind, fresh, wanted, maximum)
-    if kind > 0:
-        scale = 1.4426950408889634 / tl.load(temperature_ptr + slot)
-        pivots = value_of(_pivots_of(low, high, fresh, maximum, PIVOTS, SHIFT), SHIFT)
-        lowest = value_of(low, SHIFT)
-        j = tl.arange(0, PIVOTS)
-        for stretch in range(part, STRETCHES, tl.num_programs(0)):
-            at = value_ptr + (row * STRETCHES + stretch) * PIVOTS + j
-            if tl.load(highest_ptr + row * STRETCHES + stretch) < lowest:
-                tl.store(at, tl.zeros((PIVOTS,), tl.float32))
-            else:
-                logits = load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
-                tl.store(at, _sums_of(logits, pivots, kind, maximum, scale))
+            _store_guess(keys_ptr, levels_ptr, row, first, step, at_low, at_high)
+    scale = 1.4426950408889634 / tl.load(temperature_ptr + slot)
+    if kind >= _FIRST_GUESS:
+        if SHIFT > 0:
+            _sum_stretches(
+                logits_ptr, highest_ptr, value_ptr, guessed_pivots(low, high, first, step, GUESSES), kind, maximum,
+                scale, low, logits_stride, VOCAB, BLOCK, STRETCHES, PIVOTS, GUESSES, SHIFT,
+            )  # fmt: skip
+    elif kind > 0:
+        _sum_stretches(
+            logits_ptr, highest_ptr, value_ptr, _pivots_of(low, high, fresh, maximum, PIVOTS, SHIFT), kind, maximum,
+            scale, low, logits_stride, VOCAB, BLOCK, STRETCHES, PIVOTS, PIVOTS, SHIFT,
+        )  # fmt: skip
 
 
 @triton.jit
-def _load_sums(value_ptr, row, STRETCHES: tl.constexpr, PADDED: tl.constexpr, PIVOTS: tl.constexpr):
-    """[PIVOTS] fp32, what the stretches of the row add up to."""
+def _sum_stretches(
+    logits_ptr,
+    highest_ptr,
+    value_ptr,
+    pivots,
+    kind,
+    maximum,
+    scale,
+    low,
+    logits_stride,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRETCHES: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    COUNT: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """What the program's stretches of a row add up to at each of COUNT pivots, none of which is below `low`."""
+    part = tl.program_id(0)
+    row = tl.program_id(1)
+    pivots, lowest = value_of(pivots, SHIFT), value_of(low, SHIFT)
+    for stretch in range(part, STRETCHES, tl.num_programs(0)):
+        at = value_ptr + (row * STRETCHES + stretch) * PIVOTS + tl.arange(0, COUNT)
+        if tl.load(highest_ptr + row * STRETCHES + stretch) < lowest:
+            tl.store(at, tl.zeros((COUNT,), tl.float32))
+        else:
+            logits = load_stretch(logits_ptr, logits_stride, row, stretch, VOCAB, BLOCK)
+            tl.store(at, _sums_of(logits, pivots, kind, maximum, scale))
+
+
+@triton.jit
+def _load_sums(
+    value_ptr, row, STRETCHES: tl.constexpr, PADDED: tl.constexpr, PIVOTS: tl.constexpr, COUNT: tl.constexpr
+):
+    """[COUNT] fp32, what the stretches of the row add up to."""
     stretches = tl.arange(0, PADDED)[:, None]
-    at = value_ptr + (row * STRETCHES + stretches) * PIVOTS + tl.arange(0, PIVOTS)[None, :]
+    at = value_ptr + (row * STRETCHES + stretches) * PIVOTS + tl.arange(0, COUNT)[None, :]
     return tl.sum(tl.load(at, mask=stretches < STRETCHES, other=0.0), axis=0)
 
 
@@ -265,7 +348,7 @@ def _finish_kernel(
     if kind > 0:
         top_p = tl.load(top_p_ptr + slot)
         scale = 1.4426950408889634 / tl.load(temperature_ptr + slot)
-        sums = _load_sums(value_ptr, row, STRETCHES, PADDED, PIVOTS)
+        sums = _load_sums(value_ptr, row, STRETCHES, PADDED, PIVOTS, PIVOTS)
         low, high, kind, fresh, wanted = _advance(low, high, kind, fresh, wanted, maximum, sums, top_p, PIVOTS, SHIFT)
         while kind > 0:  # rare: the passes that all rows had were not enough, and one program does the rest
             pivots = value_of(_pivots_of(low, high, fresh, maximum, PIVOTS, SHIFT), SHIFT)
@@ -306,8 +389,9 @@ def filter_threshold(
     Reads rows * vocab logits once for the maxima of stretches and groups and the stretches' masses. A row whose answer
     lies in at most `MOST_GROUPS` groups is then finished by one program, which reads the groups' maxima and those
     groups' logits, and sums over them up to some 60 times. Any other row is read, by stretch, where the stretch has a
-    logit that may matter, once a pass: 16 compares and additions a logit. A pass narrows the search 16-fold and
-    `num_passes` are launched: a top-k or a top-p takes 2 or 3, both together 3 to 5.
+    logit that may matter, once a pass: 16 compares and additions a logit, or 4 in the first passes of a top-p alone,
+    which guess. A pass of 16 narrows the search 16-fold and `num_passes` are launched: a top-k, or a top-p in fp32,
+    takes 2 or 3, both together 3 to 5.
 
     Args:
         logits: [rows, vocab] fp32, fp16 or bf16, rows may be strided.
@@ -331,10 +415,9 @@ def filter_threshold(
     measured = measure_stretches(logits, row_slots, temperature, to_filter=True)
     assert measured.group_highest is not None
     groups = measured.group_highest.shape[1]
-    # A pass reads what the one before has written, and writes elsewhere: its programs run at different times. Four
-    # fields a row, so that each pass's part is aligned to 16 bytes and one compiled kernel serves all.
-    keys = torch.empty((passes, rows, 4), dtype=torch.int32, device=logits.device)
-    levels = torch.empty((passes, rows, 4), dtype=torch.float32, device=logits.device)
+    # A pass reads what the one before has written, and writes elsewhere: its programs run at different times.
+    keys = torch.empty((passes, rows, _KEY_FIELDS.value), dtype=torch.int32, device=logits.device)
+    levels = torch.empty((passes, rows, _LEVEL_FIELDS.value), dtype=torch.float32, device=logits.device)
     sums = torch.empty((2, rows, stretches, PIVOTS), dtype=torch.float32, device=logits.device)
     most_groups = filter_groups.MOST_GROUPS
     group_list = torch.empty((rows, most_groups), dtype=torch.int32, device=logits.device)
@@ -342,7 +425,9 @@ def filter_threshold(
         logits, row_slots, temperature, top_k, top_p, min_p, measured.highest, measured.mass, measured.lowest,
         measured.group_highest, group_list, keys, levels, logits.stride(0),
         VOCAB=vocab, STRETCHES=stretches, PADDED=padded, GROUP=stretches * block // groups, GROUPS=groups,
-        PADDED_GROUPS=next_power_of_2(groups), MOST_GROUPS=most_groups, SHIFT=shift, num_warps=16, **options,
+        PADDED_GROUPS=next_power_of_2(groups), MOST_GROUPS=most_groups,
+        LOOKED_AT=filter_guess.looked_at(groups), NEIGHBOURS=filter_guess.NEIGHBOURS, GUESSES=filter_guess.GUESSES,
+        SHIFT=shift, num_warps=16, **options,
     )  # fmt: skip
     constants = {"VOCAB": vocab, "BLOCK": block, "STRETCHES": stretches, "PADDED": padded, "PIVOTS": PIVOTS,
                  "SHIFT": shift, **options}  # fmt: skip
@@ -351,7 +436,8 @@ def filter_threshold(
         # Two warps: a thread then adds up 32 logits before the sums are passed from thread to thread.
         _pass_kernel[(min(stretches, cdiv(_PROGRAMS, rows)), rows)](
             logits, row_slots, temperature, top_p, measured.highest, keys[last], levels[last],
-            sums[1 - i % 2] if i else None, keys[i], levels[i], sums[i % 2], logits.stride(0), **constants, num_warps=2,
+            sums[1 - i % 2] if i else None, keys[i], levels[i], sums[i % 2], logits.stride(0), **constants,
+            GUESSES=filter_guess.GUESSES, num_warps=2,
         )  # fmt: skip
     _finish_kernel[(rows,)](
         logits, row_slots, temperature, top_p, keys[-1], levels[-1], sums[(passes - 1) % 2], threshold,
