@@ -67,8 +67,11 @@ def _capture_stream() -> torch.cuda.Stream:
 
 @contextmanager
 def _no_garbage_collected() -> Iterator[None]:
-    """Pinned buffers that graphs copy from, once freed, have an event recorded on the stream of those copies. Freed
-    while that stream captures, the event would be the graph's, and whoever pins memory next would fail."""
+    """Holds the garbage collector back, and so what it would free.
+
+    Pinned buffers that graphs copy from, once freed, have an event recorded on the stream of those copies. While that
+    stream captures, the event would be the graph's, and whoever pins memory next would fail.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

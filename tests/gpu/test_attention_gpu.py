@@ -155,6 +155,9 @@ def test_fused_decode_does_what_two_kernels_do(
     heads, kv_heads, head_dim = shape
     kv_lens = DECODE[lens]
     rows = len(kv_lens)
+    on_hopper = torch.cuda.get_device_capability() == (9, 0) and head_dim == 128
+    if rows > 64 and not on_hopper:
+        pytest.skip("two kernels do it there, which would be compared with themselves")
     batch = random_batch([1] * rows, kv_lens, num_decode_rows=rows, num_heads=heads, num_kv_heads=kv_heads,
                          head_dim=head_dim, block_size=block_size, dtype=dtype, device="cuda")  # fmt: skip
     metadata = batch.metadata

@@ -31,6 +31,7 @@ def test_pinned_buffers_of_dead_graphs_do_not_disturb_a_capture() -> None:
     def add() -> None:
         assert len([[] for _ in range(100_000)]) == 100_000  # so many lists, and the collector would come
         ones.add_(1)
+        assert buffer() is not None
 
     graphs.capture("add", add, warm_up=False)
     gc.collect()

@@ -50,6 +50,12 @@ def test_a_cpu_uses_the_references() -> None:
     assert kernels.select("cpu").rms_norm is rms_norm_reference
 
 
+def test_a_worker_without_triton_is_imported() -> None:
+    """It is there on Linux alone, and a CPU needs none."""
+    code = "import sys; sys.modules['triton'] = None; import worker.main; from worker.kernels import _triton; "
+    subprocess.run([sys.executable, "-c", code + "assert _triton.tl is None"], check=True, timeout=60)
+
+
 def test_philox_gives_the_published_numbers() -> None:
     """The known-answer vectors of Random123 (philox 4x32, 10 rounds) with counter words 2 and 3 zero."""
     words = philox4x32(*torch.zeros(4, dtype=torch.int64))

@@ -304,6 +304,7 @@ def test_filter_threshold(
     monkeypatch.setattr(filter_guess, "_LEAST_LOOKED_AT", 128)
     torch.manual_seed(5)
     rows = len(FILTERS)
+    monkeypatch.setattr(filter_threshold, "_PROGRAMS", 2 * rows)
     logits = torch.stack([make(vocab) for _ in range(rows)]).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     logits = torch.where(logits.isfinite(), logits, -torch.inf).to(dtype)
     columns = [torch.tensor([*column, 0]) for column in zip(*FILTERS)]

@@ -47,6 +47,7 @@ __all__ = [
     "MissingTriton",
     "capability_and_processors",
     "cdiv",
+    "constant",
     "dependent_launch",
     "gdc_launch_dependents",
     "gdc_wait",
@@ -58,6 +59,11 @@ __all__ = [
 
 # Compute capabilities whose blocks may have at least 163 KiB of shared memory; others have 99 KiB.
 LARGE_SHARED_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
+
+
+def constant(value: float) -> Any:
+    """A number in a module that its kernels read."""
+    return value if tl is None else tl.constexpr(value)
 
 
 @cache

@@ -30,8 +30,8 @@ _COMBINE = 32  # partial results, times heads, that the combining program loads 
 @gluon.jit
 def _work(wave, works):
     """The program's `wave`th piece of work. The longest come first, so every second wave is dealt out backwards, that
-    programs have about as much each; and so is the last, for which there are not enough: who had the longest one of the
-    wave before is the last to get another."""
+    programs have about as much each. So is the last, which not all have a part in: one very long row is cut into the
+    longest pieces of all, and who has one of those in the first wave gets none in the last."""
     programs = gl.num_programs(0)
     is_backwards = (wave % 2 == 1) | ((wave > 0) & ((wave + 1) * programs >= works))
     return wave * programs + gl.where(is_backwards, programs - 1 - gl.program_id(0), gl.program_id(0))

@@ -8,7 +8,7 @@ keys for that. Where a guess errs by more, the search goes on at many pivots.
 from __future__ import annotations
 
 from worker.kernels._logit_keys import key_of, value_of
-from worker.kernels._triton import next_power_of_2, tl, triton
+from worker.kernels._triton import constant, next_power_of_2, tl, triton
 from worker.kernels.filter_groups import highest_reaching
 
 # Logits that are looked at: the highest of each group, and a sample of the others.
@@ -16,7 +16,7 @@ _LEAST_LOOKED_AT = 4096
 # Neighbours in the sample, as one read from memory brings 32 bytes.
 NEIGHBOURS = 16
 # Standard deviations that the sample may err by.
-_DEVIATIONS = tl.constexpr(4.0)
+_DEVIATIONS = constant(4.0)
 # Pivots of a pass. Four take little longer than reading the logits.
 GUESSES = 4
 

@@ -16,6 +16,7 @@ from worker.kernels import filter_groups, filter_guess
 from worker.kernels._logit_keys import KEY_SHIFT, key_of, value_of
 from worker.kernels._triton import (
     cdiv,
+    constant,
     dependent_launch,
     gdc_launch_dependents,
     gdc_wait,
@@ -28,12 +29,9 @@ from worker.kernels.filter_guess import enclosing_keys, guess_again, guessed_piv
 from worker.kernels.gumbel_sample import load_stretch, measure_stretches, stretch_size
 
 PIVOTS = 16
-# A pass's state of a row, padded so that each pass's part is aligned to 16 bytes and one compiled kernel serves all.
-_KEY_FIELDS = tl.constexpr(8)
-_LEVEL_FIELDS = tl.constexpr(4)
-# The first and the last of the passes that guess.
-_FIRST_GUESS = tl.constexpr(3)
-_LAST_GUESS = tl.constexpr(5)
+# Kinds of a search: the first and the last of the passes that guess.
+_FIRST_GUESS = constant(3)
+_LAST_GUESS = constant(5)
 # Programs that a pass wants: a few for each multiprocessor. More would read the pivots' sums more often.
 _PROGRAMS = 2048
 
@@ -42,24 +40,32 @@ _PROGRAMS = 2048
 def _pivots_of(low, high, fresh, maximum, PIVOTS: tl.constexpr, SHIFT: tl.constexpr):
     """[PIVOTS] int32 keys in low..high-1, the first of them `low`, the others evenly spaced.
 
-    The first pass of a search spaces them by value: half of all keys belong to logits next to 0.
+    The first pass of a search, or the first after guesses, spaces them by value: half of all keys belong to logits next
+    to 0.
     """
     j = tl.arange(0, PIVOTS)
     wide = low.to(tl.int64)
     by_key = (wide + (high.to(tl.int64) - wide) * j // PIVOTS).to(tl.int32)
     start = value_of(low, SHIFT)
-    by_value = key_of(start + (maximum - start) * (j.to(tl.float32) * (1.0 / PIVOTS)), SHIFT)
+    end = tl.minimum(value_of(high, SHIFT), maximum)
+    by_value = key_of(start + (end - start) * (j.to(tl.float32) * (1.0 / PIVOTS)), SHIFT)
     pivots = tl.where(fresh == 1, by_value, by_key)
     return tl.where(j == 0, low, tl.maximum(tl.minimum(pivots, high - 1), low))
 
 
 @triton.jit
+def _state_of(keys_ptr, levels_ptr, row):
+    """Where a row's fields are: 6 int32, padded to 8 so that the passes' parts are aligned, and 4 fp32."""
+    return keys_ptr + row * 8, levels_ptr + row * 4
+
+
+@triton.jit
 def _load_state(keys_ptr, levels_ptr, row):
     """A row's search: it is in low..high-1; `kind` is 1 while it counts tokens, 2 while it adds up probability, more
-    while it does that at guessed pivots, 0 when it is over and the answer is `low`; `fresh` is 1 before its first pass;
-    `wanted` is what is to be reached, -1 if that is a share of a total that the next sums will tell; the maximum is the
-    row's highest logit."""
-    keys, levels = keys_ptr + row * _KEY_FIELDS, levels_ptr + row * _LEVEL_FIELDS
+    while it does that at guessed pivots, 0 when it is over and the answer is `low`; `fresh` is 1 before its first pass,
+    guesses aside; `wanted` is what is to be reached, -1 if that is a share of a total that the next sums will tell; the
+    maximum is the row's highest logit."""
+    keys, levels = _state_of(keys_ptr, levels_ptr, row)
     return (
         tl.load(keys), tl.load(keys + 1), tl.load(keys + 2), tl.load(keys + 3), tl.load(levels), tl.load(levels + 1),
     )  # fmt: skip
@@ -67,7 +73,7 @@ def _load_state(keys_ptr, levels_ptr, row):
 
 @triton.jit
 def _store_state(keys_ptr, levels_ptr, row, low, high, kind, fresh, wanted, maximum):
-    keys, levels = keys_ptr + row * _KEY_FIELDS, levels_ptr + row * _LEVEL_FIELDS
+    keys, levels = _state_of(keys_ptr, levels_ptr, row)
     tl.store(keys, low)
     tl.store(keys + 1, high)
     tl.store(keys + 2, kind)
@@ -79,13 +85,13 @@ def _store_state(keys_ptr, levels_ptr, row, low, high, kind, fresh, wanted, maxi
 @triton.jit
 def _load_guess(keys_ptr, levels_ptr, row):
     """The first of the guessed pivots and how far they are apart; the sums at `low` and `high`, negative if unknown."""
-    keys, levels = keys_ptr + row * _KEY_FIELDS, levels_ptr + row * _LEVEL_FIELDS
+    keys, levels = _state_of(keys_ptr, levels_ptr, row)
     return tl.load(keys + 4), tl.load(keys + 5), tl.load(levels + 2), tl.load(levels + 3)
 
 
 @triton.jit
 def _store_guess(keys_ptr, levels_ptr, row, first, step, at_low, at_high):
-    keys, levels = keys_ptr + row * _KEY_FIELDS, levels_ptr + row * _LEVEL_FIELDS
+    keys, levels = _state_of(keys_ptr, levels_ptr, row)
     tl.store(keys + 4, first)
     tl.store(keys + 5, step)
     tl.store(levels + 2, at_low)
@@ -253,8 +259,10 @@ def _pass_kernel(
                 low, high, at_low, at_high, first = guess_again(
                     low, high, first, step, wanted, sums, at_low, at_high, GUESSES, SHIFT
                 )
-                step, fresh = step * 0 + 1, fresh * 0
-                again = (at_low >= 0.0) & (at_high >= 0.0) & (kind < _LAST_GUESS)
+                step = step * 0 + 1
+                # A second guess between known sums is worth its pass, a third where the second was not far off.
+                near = high - low <= (256 << (16 - SHIFT))
+                again = (at_low >= 0.0) & (at_high >= 0.0) & ((kind == _FIRST_GUESS) | ((kind < _LAST_GUESS) & near))
                 kind = tl.where(high - low <= 1, 0, tl.where(again, kind + 1, 2))
         elif kind > 0:
             sums = _load_sums(last_value_ptr, row, STRETCHES, PADDED, PIVOTS, PIVOTS)
@@ -366,7 +374,7 @@ def num_passes(dtype: torch.dtype) -> int:
     """Passes that are launched; a row that is done leaves them at once, one that is not is finished by one program.
 
     Of 16 bits a pass finds 4, and the first of a search skips the many keys next to 0; a top-k is one search, a top-p
-    another.
+    another. Up to three may be guesses; after a bad one the search begins anew with what is left.
     """
     return 6 if KEY_SHIFT[dtype] else 10
 
@@ -389,9 +397,9 @@ def filter_threshold(
     Reads rows * vocab logits once for the maxima of stretches and groups and the stretches' masses. A row whose answer
     lies in at most `MOST_GROUPS` groups is then finished by one program, which reads the groups' maxima and those
     groups' logits, and sums over them up to some 60 times. Any other row is read, by stretch, where the stretch has a
-    logit that may matter, once a pass: 16 compares and additions a logit, or 4 in the first passes of a top-p alone,
-    which guess. A pass of 16 narrows the search 16-fold and `num_passes` are launched: a top-k, or a top-p in fp32,
-    takes 2 or 3, both together 3 to 5.
+    logit that may matter, once a pass: 16 compares and additions a logit, or 4 in the first passes of a top-p alone of
+    16 bits, which guess. A pass of 16 narrows the search 16-fold and `num_passes` are launched: a top-p that is guessed
+    well takes 2 or 3, one that is not up to all; any other top-p, or a top-k, 2 or 3, and both together 3 to 5.
 
     Args:
         logits: [rows, vocab] fp32, fp16 or bf16, rows may be strided.
@@ -416,8 +424,8 @@ def filter_threshold(
     assert measured.group_highest is not None
     groups = measured.group_highest.shape[1]
     # A pass reads what the one before has written, and writes elsewhere: its programs run at different times.
-    keys = torch.empty((passes, rows, _KEY_FIELDS.value), dtype=torch.int32, device=logits.device)
-    levels = torch.empty((passes, rows, _LEVEL_FIELDS.value), dtype=torch.float32, device=logits.device)
+    keys = torch.empty((passes, rows, 8), dtype=torch.int32, device=logits.device)
+    levels = torch.empty((passes, rows, 4), dtype=torch.float32, device=logits.device)
     sums = torch.empty((2, rows, stretches, PIVOTS), dtype=torch.float32, device=logits.device)
     most_groups = filter_groups.MOST_GROUPS
     group_list = torch.empty((rows, most_groups), dtype=torch.int32, device=logits.device)

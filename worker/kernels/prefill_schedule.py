@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from worker.kernels._gluon import HAS_GLUON
-from worker.kernels._triton import capability_and_processors, cdiv, next_power_of_2, tl, triton
+from worker.kernels._triton import capability_and_processors, cdiv, constant, next_power_of_2, tl, triton
 
 # int32 fields of a tile: where its work begins and ends in the stretch, slot, first query token, end of the row's
 # tokens, cached position of token 0, end of the cache it sees.
@@ -23,7 +23,7 @@ SHARE_FIELDS = 3
 # What is handed out: the size of equal shares (shares that are tiles: larger than all), how many there are, and two
 # counters, which every launch of attention leaves zero: shares taken beyond the first of each program, programs done.
 PLAN_FIELDS = 4
-_WHOLE_TILES = tl.constexpr(1 << 30) if tl is not None else 0
+_WHOLE_TILES = constant(1 << 30)
 
 
 @dataclass(frozen=True, slots=True)
