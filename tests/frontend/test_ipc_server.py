@@ -284,12 +284,17 @@ def test_a_long_prompt_can_be_aborted_while_it_is_encoded(client: Client) -> Non
 
 def test_the_id_of_an_aborted_prompt_can_be_used_again(frontend: Frontend, client: Client) -> None:
     long, fits = "the quick brown fox " * 100_000, SamplingParams(max_tokens=2)
-    for message in (Generate(1, TextPrompt(long), fits), Abort([1]), Generate(1, TextPrompt(long), fits)):
-        client.send(message)
-    client.gather(1)
-    while not client.others:
-        client.gather_one()
-    assert client.others[0].kind == "invalid_request"
+    # On a busy machine the first may be refused before it can be aborted; then once more.
+    for _ in range(20):
+        for message in (Generate(1, TextPrompt(long), fits), Abort([1]), Generate(1, TextPrompt(long), fits)):
+            client.send(message)
+        client.others.clear()
+        while len(client.finished) + len(client.others) < 2:
+            client.gather_one()
+        if client.finished:
+            break
+    assert client.finished[1].reason == "abort"
+    assert [other.kind for other in client.others] == ["invalid_request"]
     client.generate(2, "the fox", fits)
     client.gather(2)
     assert len(frontend.core.added) == 1
