@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 from worker.attention import AttentionBackend, QueryKeyTransform, create_backend
 from worker.attention.interface import write_keys_and_values
 from worker.attention.testing import PagedBatch, dense_attention, random_batch
+from worker.kernels.decode_schedule import hopper_decode_config
 
 BACKENDS = ["triton"] + ["flash_attn"] * (importlib.util.find_spec("flash_attn") is not None)
 SHAPES = [(16, 8, 128), (4, 2, 64), (32, 4, 128), (40, 8, 128)]  # heads, key/value heads, head_dim
@@ -155,8 +156,8 @@ def test_fused_decode_does_what_two_kernels_do(
     heads, kv_heads, head_dim = shape
     kv_lens = DECODE[lens]
     rows = len(kv_lens)
-    on_hopper = torch.cuda.get_device_capability() == (9, 0) and head_dim == 128
-    if rows > 64 and not on_hopper:
+    shape_on_device = torch.cuda.get_device_capability(), heads // kv_heads, head_dim, dtype.itemsize
+    if rows > 64 and hopper_decode_config(*shape_on_device, rows) is None:
         pytest.skip("two kernels do it there, which would be compared with themselves")
     batch = random_batch([1] * rows, kv_lens, num_decode_rows=rows, num_heads=heads, num_kv_heads=kv_heads,
                          head_dim=head_dim, block_size=block_size, dtype=dtype, device="cuda")  # fmt: skip

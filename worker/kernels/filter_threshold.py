@@ -26,6 +26,7 @@ from worker.kernels._triton import (
 )
 from worker.kernels.filter_groups import bound_by_groups, load_groups, search_loaded
 from worker.kernels.filter_guess import enclosing_keys, guess_again, guessed_pivots
+from worker.kernels.filter_state import KEY_FIELDS, LEVEL_FIELDS, load_guess, load_state, store_guess, store_state
 from worker.kernels.gumbel_sample import load_stretch, measure_stretches, stretch_size
 
 PIVOTS = 16
@@ -51,51 +52,6 @@ def _pivots_of(low, high, fresh, maximum, PIVOTS: tl.constexpr, SHIFT: tl.conste
     by_value = key_of(start + (end - start) * (j.to(tl.float32) * (1.0 / PIVOTS)), SHIFT)
     pivots = tl.where(fresh == 1, by_value, by_key)
     return tl.where(j == 0, low, tl.maximum(tl.minimum(pivots, high - 1), low))
-
-
-@triton.jit
-def _state_of(keys_ptr, levels_ptr, row):
-    """Where a row's fields are: 6 int32, padded to 8 so that the passes' parts are aligned, and 4 fp32."""
-    return keys_ptr + row * 8, levels_ptr + row * 4
-
-
-@triton.jit
-def _load_state(keys_ptr, levels_ptr, row):
-    """A row's search: it is in low..high-1; `kind` is 1 while it counts tokens, 2 while it adds up probability, more
-    while it does that at guessed pivots, 0 when it is over and the answer is `low`; `fresh` is 1 before its first pass,
-    guesses aside; `wanted` is what is to be reached, -1 if that is a share of a total that the next sums will tell; the
-    maximum is the row's highest logit."""
-    keys, levels = _state_of(keys_ptr, levels_ptr, row)
-    return (
-        tl.load(keys), tl.load(keys + 1), tl.load(keys + 2), tl.load(keys + 3), tl.load(levels), tl.load(levels + 1),
-    )  # fmt: skip
-
-
-@triton.jit
-def _store_state(keys_ptr, levels_ptr, row, low, high, kind, fresh, wanted, maximum):
-    keys, levels = _state_of(keys_ptr, levels_ptr, row)
-    tl.store(keys, low)
-    tl.store(keys + 1, high)
-    tl.store(keys + 2, kind)
-    tl.store(keys + 3, fresh)
-    tl.store(levels, wanted)
-    tl.store(levels + 1, maximum)
-
-
-@triton.jit
-def _load_guess(keys_ptr, levels_ptr, row):
-    """The first of the guessed pivots and how far they are apart; the sums at `low` and `high`, negative if unknown."""
-    keys, levels = _state_of(keys_ptr, levels_ptr, row)
-    return tl.load(keys + 4), tl.load(keys + 5), tl.load(levels + 2), tl.load(levels + 3)
-
-
-@triton.jit
-def _store_guess(keys_ptr, levels_ptr, row, first, step, at_low, at_high):
-    keys, levels = _state_of(keys_ptr, levels_ptr, row)
-    tl.store(keys + 4, first)
-    tl.store(keys + 5, step)
-    tl.store(levels + 2, at_low)
-    tl.store(levels + 3, at_high)
 
 
 @triton.jit
@@ -215,9 +171,9 @@ def _begin_kernel(
                 )  # fmt: skip
                 kind = kind * 0 + _FIRST_GUESS
                 step = (last - first + GUESSES - 2) // (GUESSES - 1)
-                _store_guess(keys_ptr, levels_ptr, row, first, step, -1.0, -1.0)
+                store_guess(keys_ptr, levels_ptr, row, first, step, -1.0, -1.0)
     low = tl.where(searched, low, key_of(tl.full((), -float("inf"), tl.float32), SHIFT))
-    _store_state(keys_ptr, levels_ptr, row, low, high, kind, 1, wanted, maximum)
+    store_state(keys_ptr, levels_ptr, row, low, high, kind, 1, wanted, maximum)
 
 
 @triton.jit(do_not_specialize_on_alignment=["row_slots_ptr"])
@@ -249,8 +205,8 @@ def _pass_kernel(
     part = tl.program_id(0)
     row = tl.program_id(1)
     slot = tl.load(row_slots_ptr + row)
-    low, high, kind, fresh, wanted, maximum = _load_state(last_keys_ptr, last_levels_ptr, row)
-    first, step, at_low, at_high = _load_guess(last_keys_ptr, last_levels_ptr, row)
+    low, high, kind, fresh, wanted, maximum = load_state(last_keys_ptr, last_levels_ptr, row)
+    first, step, at_low, at_high = load_guess(last_keys_ptr, last_levels_ptr, row)
     if last_value_ptr is not None:
         # Every program of the row works out the state anew: one launch fewer a pass.
         if kind >= _FIRST_GUESS:
@@ -271,8 +227,8 @@ def _pass_kernel(
                 low, high, kind, fresh, wanted, maximum, sums, top_p, PIVOTS, SHIFT
             )
         if part == 0:
-            _store_state(keys_ptr, levels_ptr, row, low, high, kind, fresh, wanted, maximum)
-            _store_guess(keys_ptr, levels_ptr, row, first, step, at_low, at_high)
+            store_state(keys_ptr, levels_ptr, row, low, high, kind, fresh, wanted, maximum)
+            store_guess(keys_ptr, levels_ptr, row, first, step, at_low, at_high)
     scale = 1.4426950408889634 / tl.load(temperature_ptr + slot)
     if kind >= _FIRST_GUESS:
         if SHIFT > 0:
@@ -352,7 +308,7 @@ def _finish_kernel(
         gdc_wait()
     row = tl.program_id(0)
     slot = tl.load(row_slots_ptr + row)
-    low, high, kind, fresh, wanted, maximum = _load_state(keys_ptr, levels_ptr, row)
+    low, high, kind, fresh, wanted, maximum = load_state(keys_ptr, levels_ptr, row)
     if kind > 0:
         top_p = tl.load(top_p_ptr + slot)
         scale = 1.4426950408889634 / tl.load(temperature_ptr + slot)
@@ -424,8 +380,8 @@ def filter_threshold(
     assert measured.group_highest is not None
     groups = measured.group_highest.shape[1]
     # A pass reads what the one before has written, and writes elsewhere: its programs run at different times.
-    keys = torch.empty((passes, rows, 8), dtype=torch.int32, device=logits.device)
-    levels = torch.empty((passes, rows, 4), dtype=torch.float32, device=logits.device)
+    keys = torch.empty((passes, rows, KEY_FIELDS), dtype=torch.int32, device=logits.device)
+    levels = torch.empty((passes, rows, LEVEL_FIELDS), dtype=torch.float32, device=logits.device)
     sums = torch.empty((2, rows, stretches, PIVOTS), dtype=torch.float32, device=logits.device)
     most_groups = filter_groups.MOST_GROUPS
     group_list = torch.empty((rows, most_groups), dtype=torch.int32, device=logits.device)
